@@ -1,0 +1,527 @@
+"""Data sets, label maps, augmentation, downloads, and what every stage shares: errors, files, progress.
+
+    python data.py --check --dataset folder --data path/to/data     # read everything, list every fault
+
+Every label leaves this file as uint8 class indices with 255 = ignore, every image as uint8 RGB.
+"""
+import argparse
+import colorsys
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+from tqdm import tqdm
+
+IGNORE = 255
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
+MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)  # pads images: zero after normalising
+
+# name: (URL, hash, digest, folder inside the archive)
+DOWNLOADS = {
+    "ade20k": ("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip", "sha1",
+               "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7", "ADEChallengeData2016"),
+    "voc": (DATASET_YEAR_DICT["2012"]["url"], "md5", DATASET_YEAR_DICT["2012"]["md5"], "VOCdevkit"),
+}
+CITYSCAPES = (  # labelIds value, name, colour (cityscapesScripts 2.3.0, helpers/labels.py); the row is the trainId
+    (7, "road", (128, 64, 128)), (8, "sidewalk", (244, 35, 232)), (11, "building", (70, 70, 70)),
+    (12, "wall", (102, 102, 156)), (13, "fence", (190, 153, 153)), (17, "pole", (153, 153, 153)),
+    (19, "traffic light", (250, 170, 30)), (20, "traffic sign", (220, 220, 0)),
+    (21, "vegetation", (107, 142, 35)), (22, "terrain", (152, 251, 152)), (23, "sky", (70, 130, 180)),
+    (24, "person", (220, 20, 60)), (25, "rider", (255, 0, 0)), (26, "car", (0, 0, 142)), (27, "truck", (0, 0, 70)),
+    (28, "bus", (0, 60, 100)), (31, "train", (0, 80, 100)), (32, "motorcycle", (0, 0, 230)),
+    (33, "bicycle", (119, 11, 32)))
+VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+       "person pottedplant sheep sofa train tvmonitor").split()
+SHAPES = ("ground disc square triangle ring cross rod star").split()
+SHAPES_COUNT = {"train": 1600, "val": 100, "test": 100}
+SHAPES_SIZE = 64
+
+
+class InputError(Exception):
+    """A mistake in what the user gave: shown as one line that names the file and the remedy, exit code 2."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM: the state is saved, the same command continues."""
+
+
+def command(main):
+    """Run a script's `main`, turning what a user can mend into one line on stderr and an exit code."""
+    try:
+        main()
+    except InputError as e:
+        sys.exit(_say(e, 2))
+    except OSError as e:
+        sys.exit(_say(f"{e.filename or 'output'}: {e.strerror or e}; check the path, its permissions and the free space", 2))
+    except torch.cuda.OutOfMemoryError as e:
+        sys.exit(_say(f"out of GPU memory ({str(e).splitlines()[0]}): lower --batch-size or --crop", 2))
+    except (Interrupted, KeyboardInterrupt) as e:
+        sys.exit(_say(str(e) or "interrupted; run the same command again to continue", 128 + signal.SIGINT))
+
+
+def _say(message, code):
+    print(f"error: {' '.join(str(message).split())}" if code == 2 else message, file=sys.stderr)
+    return code
+
+
+class _Lines:
+    """stderr for progress bars that are not on a terminal: each update becomes a line of its own."""
+
+    def write(self, text):
+        sys.stderr.write(text.replace("\r", "\n"))
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(iterable=None, **kwargs):
+    """tqdm's bar; redirected to a file it writes one plain line every 15 seconds."""
+    if sys.stderr.isatty():
+        return tqdm(iterable, dynamic_ncols=True, **kwargs)
+    return tqdm(iterable, file=_Lines(), mininterval=15, maxinterval=15, ascii=True, ncols=110, **kwargs)
+
+
+def write_atomically(path, write):
+    """Call write(temporary path), sync, rename: a kill at any moment leaves the old file or the new one."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        write(aside)
+        with open(aside, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot write it ({e}); free some space or choose another --out") from None
+
+
+def load_checkpoint(path, keys=()):
+    """Our own checkpoint as a dict, tensors and plain values only. Raises InputError if it is not one."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the path of a last.pt or best.pt") from None
+    except Exception as e:
+        raise InputError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:80]}); train again or give another") from None
+    if not isinstance(state, dict) or (missing := [k for k in keys if k not in state]):
+        raise InputError(f"{path}: not a checkpoint of this project: no "
+                         f"{', '.join(missing) if isinstance(state, dict) else 'dictionary'} in it; give a last.pt or best.pt")
+    return state
+
+
+def read_weights(source, option):
+    """A plain state dict from a file or an URL (downloaded once into torch.hub's cache, with a bar)."""
+    if "://" not in str(source):
+        state = load_checkpoint(source)
+        if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise InputError(f"{source}: not a plain state dict of tensors; {option} takes one")
+        return state
+    # Hugging Face calls every model's file pytorch_model.bin, so the cache needs the model's name too
+    name = Path(source).name if "/resolve/" not in source else source.split("/resolve/")[0].replace("/", "-").split(":")[-1] + ".bin"
+    try:
+        return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True, file_name=name,
+                                                  check_hash="download.pytorch.org" in source)
+    except Exception as e:
+        raise InputError(f"{source}: cannot download it ({e}); fetch it elsewhere and give {option} FILE, "
+                         f"or start from random weights with {option} none") from None
+
+
+@dataclass
+class DataSet:
+    """Where a data set's files are and what its label values mean.
+
+    pairs: split -> [(image path, label path)];  lut: 256 entries, label value on disk -> class index,
+    255 = ignore, -1 = a value that must not occur;  palette: one RGB triple a class.
+    """
+    name: str
+    classes: list
+    palette: list
+    pairs: dict
+    lut: np.ndarray = field(repr=False)
+
+    def read(self, split, index):
+        """Image (PIL, RGB) and label (uint8 array, H,W) at their size on disk. Raises InputError naming the file."""
+        image_path, label_path = self.pairs[split][index]
+        image = _open(image_path).convert("RGB")
+        raw = _open(label_path)
+        if raw.mode not in ("L", "P", "1"):
+            raise InputError(f"{label_path}: mode {raw.mode}, but a label has one index byte a pixel; convert it to class indices")
+        raw = np.array(raw, dtype=np.uint8)
+        if raw.shape != image.size[::-1]:
+            raise InputError(f"{label_path}: {raw.shape[1]}x{raw.shape[0]}, but its image is "
+                             f"{image.width}x{image.height}; make the two the same size")
+        label = self.lut[raw]
+        if (label < 0).any():
+            values, counts = np.unique(raw[label < 0], return_counts=True)
+            found = ", ".join(f"{v} ({c} pixels)" for v, c in zip(values[:3], counts))
+            raise InputError(f"{label_path}: label values outside the {len(self.classes)} classes: {found}; "
+                             "correct the label or add the class (255 = ignore)")
+        return image, label.astype(np.uint8)
+
+
+def _open(path):
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; restore it or remove its partner") from None
+    except (OSError, SyntaxError, ValueError) as e:
+        raise InputError(f"{path}: truncated or not an image ({e}); get it again") from None
+
+
+def voc_palette(n):
+    """The PASCAL VOC colour map: the bits of the index, three at a time, fill R, G, B from the top."""
+    return [tuple(sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
+            for i in range(n)]
+
+
+def _lut(values):
+    """Table in which values[k] -> k, 255 -> 255 and everything else -> -1 (not allowed)."""
+    lut = np.full(256, -1, np.int16)
+    lut[IGNORE] = IGNORE
+    lut[list(values)] = np.arange(len(values))
+    return lut
+
+
+def open_dataset(name, root=None):
+    """The DataSet `name` under `root` (default data/NAME), made or downloaded where that is possible.
+
+    name: shapes, ade20k, cityscapes, voc or folder. Raises InputError where files are missing.
+    """
+    root = Path(root or Path("data") / name)
+    if name == "folder" and not root.is_dir():
+        raise InputError(f"{root}: no such folder; give --data a folder with images/, labels/ and classes.txt")
+    data = {"shapes": _shapes, "ade20k": _ade20k, "cityscapes": _cityscapes, "voc": _voc, "folder": _folder}[name](root)
+    for split in ("train", "val"):
+        if not data.pairs.get(split):
+            raise InputError(f"{root}: no image of the {split} split found; README, 'Data', shows the layout of {name}")
+    return data
+
+
+def _pair_up(images, labels, suffix=".png"):
+    """Every image of a folder with the label of the same stem. Raises InputError for a missing label."""
+    pairs = [(p, labels / (p.stem + suffix)) for p in sorted(images.glob("*")) if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    for _, label in pairs:
+        if not label.is_file():
+            raise InputError(f"{label}: no such label file; add it or remove its image from {images}")
+    return pairs
+
+
+def _folder(root):
+    path = root / "classes.txt"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; write one line a class: name R G B")
+    classes, palette = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        *words, r, g, b = line.split() if len(line.split()) >= 4 else ("", "", "", "")
+        if not (words[0:1] and words[0] and all(c.isdecimal() and int(c) < 256 for c in (r, g, b))):
+            raise InputError(f"{path}, line {number}: {line!r} is not 'name R G B' with three numbers 0..255")
+        classes.append(" ".join(words))
+        palette.append((int(r), int(g), int(b)))
+    if not 2 <= len(classes) <= 255:
+        raise InputError(f"{path}: {len(classes)} classes; 2 to 255 are possible")
+    pairs = {s: _pair_up(root / "images" / s, root / "labels" / s) for s in ("train", "val", "test")}
+    return DataSet("folder", classes, palette, pairs, _lut(range(len(classes))))
+
+
+def _shapes(root):
+    if not root.is_dir():
+        make_shapes(root)
+    data = _folder(root)
+    data.name = "shapes"
+    return data
+
+
+def _ade20k(root):
+    folder = root / DOWNLOADS["ade20k"][3]
+    if not folder.is_dir():
+        download("ade20k", root)
+    names = [line.split("\t")[-1].split(",")[0].strip() for line in (folder / "objectInfo150.txt").read_text().splitlines()[1:]]
+    if len(names) != 150:
+        raise InputError(f"{folder / 'objectInfo150.txt'}: {len(names)} classes instead of 150; unpack the archive again")
+    pairs = {short: _pair_up(folder / "images" / split, folder / "annotations" / split)
+             for short, split in (("train", "training"), ("val", "validation"))}
+    lut = _lut(range(1, 151))
+    lut[0] = IGNORE  # "other objects", not evaluated
+    lut[IGNORE] = -1
+    return DataSet("ade20k", names, voc_palette(151)[1:], pairs, lut)
+
+
+def _cityscapes(root):
+    if not (root / "gtFine").is_dir() or not (root / "leftImg8bit").is_dir():
+        raise InputError(f"{root}: no leftImg8bit/ and gtFine/ in it; register at https://www.cityscapes-dataset.com/downloads, "
+                         "get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip and unpack both there")
+    pairs = {}
+    for split in ("train", "val"):  # the test split's labels are void: never scored
+        images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+        pairs[split] = [(p, root / "gtFine" / split / p.parent.name /
+                         p.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")) for p in images]
+        for _, label in pairs[split]:
+            if not label.is_file():
+                raise InputError(f"{label}: no such label file; unpack gtFine_trainvaltest.zip again")
+    lut = np.full(256, -1, np.int16)
+    lut[:34] = IGNORE
+    for k, (value, _, _) in enumerate(CITYSCAPES):
+        lut[value] = k
+    return DataSet("cityscapes", [c[1] for c in CITYSCAPES], [c[2] for c in CITYSCAPES], pairs, lut)
+
+
+def _voc(root):
+    folder = root / DATASET_YEAR_DICT["2012"]["base_dir"]
+    if not folder.is_dir():
+        download("voc", root)
+    lists = folder / "ImageSets" / "Segmentation"
+    pairs = {}
+    for split in ("train", "val"):
+        augmented = split == "train" and (lists / "trainaug.txt").is_file() and (folder / "SegmentationClassAug").is_dir()
+        source, labels = ("trainaug.txt", "SegmentationClassAug") if augmented else (f"{split}.txt", "SegmentationClass")
+        ids = (lists / source).read_text().split() if (lists / source).is_file() else []
+        ids = dict.fromkeys(Path(i).stem for i in ids)  # some lists in circulation name both files of a pair
+        pairs[split] = [(folder / "JPEGImages" / f"{i}.jpg", folder / labels / f"{i}.png") for i in ids]
+        for label in (p for pair in pairs[split] for p in pair if not p.is_file()):
+            raise InputError(f"{label}: listed in {source} but missing; unpack the archive again")
+    return DataSet("voc", VOC, voc_palette(21), pairs, _lut(range(21)))
+
+
+def download(name, root):
+    """Fetch, verify and unpack DOWNLOADS[name] under `root`, all beside the target and renamed when complete.
+
+    A wrong hash (a truncated or altered transfer) deletes the file, says so and tries once more.
+    Raises InputError when it cannot be had; nothing partial is left.
+    """
+    url, algorithm, digest, folder = DOWNLOADS[name]
+    root.mkdir(parents=True, exist_ok=True)
+    archive = root / Path(url).name
+    for attempt in (1, 2):
+        if not archive.exists():
+            _fetch(name, url, archive)
+        with open(archive, "rb") as f:
+            found = hashlib.file_digest(f, algorithm).hexdigest()
+        if found == digest:
+            break
+        archive.unlink()
+        print(f"{archive}: {algorithm} {found} instead of {digest}: deleted" + (", trying once more" if attempt == 1 else ""))
+    else:
+        raise InputError(f"{url}: the {algorithm} was wrong twice; get it elsewhere and unpack it in {root}")
+    aside = root / "unpacking.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    _unpack(archive, aside)
+    os.replace(aside / folder, root / folder)
+    shutil.rmtree(aside)
+    archive.unlink()
+
+
+def _fetch(name, url, archive):
+    try:
+        with torch.hub.urlopen(url, timeout=60) as reply:
+            size = int(reply.headers.get("Content-Length") or 0)
+        free = shutil.disk_usage(archive.parent).free
+        print(f"{name} is not in {archive.parent}: downloading {url}\n{size / 1e9:.2f} GB, about {2.5 * size / 1e9:.2f} GB of disk "
+              f"with the unpacked files ({free / 1e9:.1f} GB are free)", flush=True)
+        if free < 2.5 * size:
+            raise InputError(f"{archive.parent}: {free / 1e9:.1f} GB free, {2.5 * size / 1e9:.1f} GB needed; give --data a larger disk")
+        torch.hub.download_url_to_file(url, str(archive), progress=True)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{url}: cannot download it ({e}); get it elsewhere and unpack it in {archive.parent}") from None
+
+
+def _unpack(archive, target):
+    """Unpack a zip or tar; links and paths that lead outside are refused before anything is written."""
+    opened = zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive)
+    with opened:
+        zipped = isinstance(opened, zipfile.ZipFile)
+        members = opened.infolist() if zipped else opened.getmembers()
+        for m in members:
+            path = m.filename if zipped else m.name
+            link = (m.external_attr >> 28) == 0xA if zipped else not (m.isfile() or m.isdir())
+            if link or Path(path).is_absolute() or ".." in Path(path).parts:
+                raise InputError(f"{archive}: refused, its member {path!r} is a link or leads outside; get another copy")
+        for m in progress(members, desc="unpacking", unit="files"):
+            opened.extract(m, target) if zipped else opened.extract(m, target, filter="data")
+
+
+def make_shapes(root, seed=0):
+    """Draw the embedded data set once, in the layout of `folder`; picture i of a split depends on (seed, i) alone."""
+    aside = root.with_name(root.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    total = sum(SHAPES_COUNT.values())
+    with progress(total=total, desc=f"drawing {root}", unit="pictures") as bar:
+        for number, (split, count) in enumerate(SHAPES_COUNT.items()):
+            for kind in ("images", "labels"):
+                (aside / kind / split).mkdir(parents=True)
+            for index in range(count):
+                image, label = draw_shapes(seed, 1_000_000 * number + index)
+                image.save(aside / "images" / split / f"{index:04d}.png", compress_level=1)
+                label.save(aside / "labels" / split / f"{index:04d}.png")
+                bar.update()
+    colours = voc_palette(len(SHAPES))
+    (aside / "classes.txt").write_text("".join(f"{n} {r} {g} {b}\n" for n, (r, g, b) in zip(SHAPES, colours)))
+    os.replace(aside, root)
+
+
+def draw_shapes(seed, index, size=SHAPES_SIZE):
+    """One scene of `shapes` -> (RGB image, index label), both PIL, size x size.
+
+    Seven kinds of object lie on a mottled ground and hide one another: disc (plain), square (checks),
+    triangle (stripes across), ring (grain), cross (stripes along), rod (thin), star (rare). Their outlines turn
+    and their colours vary: hue is a weak hint, texture a strong one. A one-pixel border round objects is ignored.
+    """
+    rng = np.random.default_rng([seed, index])
+    yy, xx = np.mgrid[:size, :size]
+    canvas = _colour(rng, rng.random()) + rng.normal(0, 8, (size // 8, size // 8, 3)).repeat(8, 0).repeat(8, 1)
+    label = np.zeros((size, size), np.uint8)
+    weights = np.array([1, 1, 1, 1, 1, 1, 0.4])
+    for _ in range(rng.integers(4, 7)):
+        kind = int(rng.choice(np.arange(1, 8), p=weights / weights.sum()))
+        name = SHAPES[kind]
+        mask = _outline(name, rng, size)
+        solid = np.asarray(mask) > 0
+        colours = [_colour(rng, kind / 7 + rng.normal(0, 0.08)) for _ in range(2)]
+        period, phase = rng.uniform(3.5, 5), rng.uniform(0, 2 * np.pi, 2)
+        u, v = (np.sin(2 * np.pi * t / period + p) for t, p in zip((xx, yy), phase))
+        wave = {"square": u * v, "triangle": v, "cross": u, "ring": rng.normal(0, 1, (size, size))}.get(name, np.ones((size, size)))
+        canvas = np.where(solid[..., None], np.where(wave[..., None] > 0, *colours), canvas)
+        border = np.asarray(mask.filter(ImageFilter.MaxFilter(3))) != np.asarray(mask)
+        label = np.where(solid, kind, np.where(border, IGNORE, label)).astype(np.uint8)
+    canvas = canvas * rng.uniform(0.8, 1.1) + rng.normal(0, 10, canvas.shape)
+    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), Image.fromarray(label)
+
+
+def _colour(rng, hue):
+    return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.3, 0.9), rng.uniform(0.4, 0.95)))
+
+
+def _outline(kind, rng, size):
+    """A mask (PIL, 0 or 255) of one object at a random place, size and rotation."""
+    mask = Image.new("L", (size, size))
+    draw = ImageDraw.Draw(mask)
+    x, y, r, turn = *rng.uniform(0, size, 2), rng.uniform(0.13, 0.25) * size, rng.uniform(0, 2 * np.pi)
+    if kind in ("disc", "ring"):
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+        if kind == "ring":
+            draw.ellipse((x - r / 2, y - r / 2, x + r / 2, y + r / 2), fill=0)
+        return mask
+    if kind == "rod":
+        dx, dy = 2 * r * np.cos(turn), 2 * r * np.sin(turn)
+        draw.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=3)
+        return mask
+    corners, radii = {"square": (4, (r,)), "triangle": (3, (1.2 * r,)), "star": (10, (1.2 * r, 0.5 * r)),
+                      "cross": (12, (1.1 * r, 1.1 * r, 0.45 * r))}[kind]
+    angles = turn + np.arange(corners) * 2 * np.pi / corners
+    if kind == "cross":  # arms: two outer corners close together, then one inner corner
+        angles = turn + np.repeat(np.arange(4), 3) * np.pi / 2 + np.tile((-0.3, 0.3, np.pi / 4), 4)
+    radii = np.resize(radii, corners)
+    draw.polygon([(x + a * np.cos(t), y + a * np.sin(t)) for a, t in zip(radii, angles)], fill=255)
+    return mask
+
+
+@lru_cache(maxsize=2)
+def _order(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+class TrainStream(torch.utils.data.Dataset):
+    """The endless stream of training crops; item `position` is a pure function of (seed, position).
+
+    Epoch position // n is a permutation of the n images. Each is resized so that its short side is
+    base * u, u uniform in `scale`, cropped at random to crop x crop (smaller ones are padded on the
+    right and at the bottom), and flipped with probability 1/2.
+    Returns image (3,crop,crop) uint8, label (crop,crop) uint8, file name.
+    """
+
+    def __init__(self, data, seed, base, crop, scale, length):
+        self.data, self.seed, self.base, self.crop, self.scale, self.length = data, seed, base, crop, scale, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, position):
+        n = len(self.data.pairs["train"])
+        index = int(_order(self.seed, position // n, n)[position % n])
+        image, label = self.data.read("train", index)
+        rng = np.random.default_rng([self.seed, position, 1])
+        s = self.base * rng.uniform(*self.scale) / min(image.size)
+        size = [max(1, round(s * side)) for side in image.size]
+        w, h = (min(self.crop, side) for side in size)
+        x, y = (rng.integers(0, side - cut + 1) for side, cut in zip(size, (w, h)))
+        sx, sy = image.width / size[0], image.height / size[1]
+        box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
+        out = np.empty((self.crop, self.crop, 3), np.uint8)
+        out[:] = MEAN_COLOUR
+        out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR, box))
+        target = np.full((self.crop, self.crop), IGNORE, np.uint8)
+        target[:h, :w] = np.asarray(Image.fromarray(label).resize((w, h), Image.Resampling.NEAREST, box))
+        if rng.random() < 0.5:
+            out, target = out[:, ::-1], target[:, ::-1]
+        return torch.from_numpy(out.transpose(2, 0, 1).copy()), torch.from_numpy(target.copy()), \
+            str(self.data.pairs["train"][index][0])
+
+
+def resize_short_side(image, base):
+    """PIL image with its short side at `base` pixels, the size at which networks see it in evaluation."""
+    s = base / min(image.size)
+    return image.resize([max(1, round(s * side)) for side in image.size], Image.Resampling.BILINEAR)
+
+
+class EvalImages(torch.utils.data.Dataset):
+    """The images of a split at evaluation scale with labels at their own: (3,h,w) uint8, (H,W) uint8, name."""
+
+    def __init__(self, data, split, base, indices=None):
+        self.data, self.split, self.base = data, split, base
+        self.indices = list(range(len(data.pairs[split])) if indices is None else indices)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        image, label = self.data.read(self.split, self.indices[i])
+        image = np.array(resize_short_side(image, self.base)).transpose(2, 0, 1)
+        return torch.from_numpy(image.copy()), torch.from_numpy(label), str(self.data.pairs[self.split][self.indices[i]][0])
+
+
+def normalise(images):
+    """uint8 RGB (B,3,H,W) -> float32, ImageNet mean 0 and deviation 1, on the images' device."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def check(data):
+    """Read every file of every split; returns the number of faulty pairs, each printed as one line."""
+    faults = 0
+    for split, pairs in data.pairs.items():
+        for index in progress(range(len(pairs)), desc=f"checking {split}", unit="images"):
+            try:
+                data.read(split, index)
+            except InputError as e:
+                faults += 1
+                print(e)
+    return faults
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check a data set before hours are spent on it.")
+    parser.add_argument("--check", action="store_true", required=True, help="read every file and list every fault")
+    parser.add_argument("--dataset", required=True, choices=("shapes", "ade20k", "cityscapes", "voc", "folder"))
+    parser.add_argument("--data", help="its folder (default: data/NAME)")
+    args = parser.parse_args()
+    data = open_dataset(args.dataset, args.data)
+    faults = check(data)
+    print(", ".join(f"{s}: {len(p)} images" for s, p in data.pairs.items()) + f", {len(data.classes)} classes, {faults} faulty")
+    if faults:
+        raise InputError(f"{faults} faulty files are listed above; mend or remove them")
+
+
+if __name__ == "__main__":
+    command(main)

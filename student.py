@@ -1,0 +1,297 @@
+"""The student: a small hierarchical Vision Transformer for semantic segmentation.
+
+    python student.py            # stages, shapes and parameters of every variant
+
+Encoder: MiT (SegFormer, arXiv 2105.15203) or PVTv2 (arXiv 2106.13797). Their blocks are the same
+(overlapping patch embedding, attention with spatially reduced keys and values, Mix-FFN with a
+depth-wise convolution); only the MLP ratios differ. Parameters carry the names of the official files,
+so that those load strictly. Decoder: SegFormer's all-MLP head, for both families.
+
+    B batch, H W image height and width, N = h * w tokens of a stage, C channels, K classes
+"""
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import InputError, read_weights
+
+# variant: dims, depths, heads, spatial reductions, MLP ratios, decoder width, stochastic depth
+VARIANTS = {
+    "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), 256, 0.1),
+    "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), 256, 0.1),
+    "pvt_v2_b0": ((32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), 256, 0.1),
+    "pvt_v2_b1": ((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), 256, 0.1),
+    # ours, for the CPU: no published weights
+    "mit_nano": ((32, 64, 128, 192), (1, 1, 2, 1), (1, 2, 4, 6), (8, 4, 2, 1), (4, 4, 4, 4), 128, 0.0),
+}
+IMAGENET = {  # the official files; MiT's lives in its authors' Hugging Face repository
+    "mit_b0": "https://huggingface.co/nvidia/mit-b0/resolve/main/pytorch_model.bin",
+    "mit_b1": "https://huggingface.co/nvidia/mit-b1/resolve/main/pytorch_model.bin",
+    "pvt_v2_b0": "https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b0.pth",
+    "pvt_v2_b1": "https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b1.pth",
+}
+
+
+class OverlapPatchEmbed(nn.Module):
+    """Strided convolution whose patches overlap, then LayerNorm: (B,C_in,H,W) -> tokens (B,N,C), h, w."""
+
+    def __init__(self, c_in, dim, kernel, stride):
+        super().__init__()
+        self.proj = nn.Conv2d(c_in, dim, kernel, stride, padding=kernel // 2)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        x = self.proj(x)  # B,C,h,w
+        h, w = x.shape[2:]
+        return self.norm(x.flatten(2).transpose(1, 2)), h, w  # B,N,C
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v, where keys and values come from a map reduced `sr` times a side (PVT)."""
+
+    def __init__(self, dim, heads, sr):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        if sr > 1:
+            self.sr = nn.Conv2d(dim, dim, sr, sr)
+            self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x, h, w):
+        B, N, C = x.shape
+        q = self.q(x).view(B, N, self.heads, -1).transpose(1, 2)  # B,heads,N,d
+        if hasattr(self, "sr"):
+            x = self.sr(x.transpose(1, 2).reshape(B, C, h, w))  # B,C,h/sr,w/sr
+            x = self.norm(x.flatten(2).transpose(1, 2))  # B,N/sr^2,C
+        k, v = self.kv(x).view(B, -1, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # B,heads,N,d
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class DWConv(nn.Module):
+    """3x3 depth-wise convolution over the token map: it gives the network its sense of position."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x, h, w):
+        B, N, C = x.shape
+        return self.dwconv(x.transpose(1, 2).reshape(B, C, h, w)).flatten(2).transpose(1, 2)
+
+
+class MixFFN(nn.Module):
+    """fc2(GELU(dwconv(fc1(x)))) (SegFormer, Eq. 3, without its outer residual)."""
+
+    def __init__(self, dim, ratio):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, dim * ratio)
+        self.dwconv = DWConv(dim * ratio)
+        self.fc2 = nn.Linear(dim * ratio, dim)
+
+    def forward(self, x, h, w):
+        return self.fc2(F.gelu(self.dwconv(self.fc1(x), h, w)))
+
+
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + MixFFN(norm2(x)), each branch dropped with probability `drop`."""
+
+    def __init__(self, dim, heads, sr, ratio, drop):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, sr)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MixFFN(dim, ratio)
+        self.drop = drop
+
+    def stochastic_depth(self, branch):
+        if not self.training or self.drop == 0:
+            return branch
+        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop
+        return branch * keep / (1 - self.drop)
+
+    def forward(self, x, h, w):
+        x = x + self.stochastic_depth(self.attn(self.norm1(x), h, w))
+        return x + self.stochastic_depth(self.mlp(self.norm2(x), h, w))
+
+
+class Encoder(nn.Module):
+    """Four stages at strides 4, 8, 16, 32: (B,3,H,W) -> four maps (B,C_i,H/2^(i+1),W/2^(i+1)), post-norm."""
+
+    def __init__(self, variant):
+        super().__init__()
+        dims, depths, heads, srs, ratios, _, drop = VARIANTS[variant]
+        drops = iter(torch.linspace(0, drop, sum(depths)).tolist())
+        c_in = 3
+        for i in range(4):
+            embed = OverlapPatchEmbed(c_in, dims[i], *((7, 4) if i == 0 else (3, 2)))
+            blocks = [Block(dims[i], heads[i], srs[i], ratios[i], next(drops)) for _ in range(depths[i])]
+            setattr(self, f"patch_embed{i + 1}", embed)
+            setattr(self, f"block{i + 1}", nn.ModuleList(blocks))
+            setattr(self, f"norm{i + 1}", nn.LayerNorm(dims[i], eps=1e-6))
+            c_in = dims[i]
+
+    def forward(self, x):
+        maps = []
+        for i in (1, 2, 3, 4):
+            x, h, w = getattr(self, f"patch_embed{i}")(x)
+            for block in getattr(self, f"block{i}"):
+                x = block(x, h, w)
+            x = getattr(self, f"norm{i}")(x)
+            x = x.transpose(1, 2).reshape(len(x), -1, h, w)  # B,C_i,h,w
+            maps.append(x)
+        return maps
+
+
+class Decoder(nn.Module):
+    """SegFormer's all-MLP head: each stage to `width` channels, all to stride 4, fuse, classify."""
+
+    def __init__(self, dims, width, classes):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Conv2d(c, width, 1) for c in dims)
+        self.fuse = nn.Conv2d(4 * width, width, 1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = nn.Conv2d(width, classes, 1)
+
+    def forward(self, maps):
+        size = maps[0].shape[2:]
+        maps = [F.interpolate(linear(m), size, mode="bilinear") for linear, m in zip(self.linears, maps)]
+        fused = F.relu(self.norm(self.fuse(torch.cat(maps[::-1], 1))))  # B,width,H/4,W/4
+        return self.classifier(self.dropout(fused)), fused
+
+
+class Student(nn.Module):
+    """(B,3,H,W) -> logits z^S (B,K,H/4,W/4), encoder feature F^S (B,C_S,H/32,W/32), map before the classifier."""
+
+    def __init__(self, variant, classes):
+        super().__init__()
+        dims, *_, width, _ = VARIANTS[variant]
+        self.channels = dims[-1]
+        self.encoder = Encoder(variant)
+        self.decoder = Decoder(dims, width, classes)
+        self.apply(_init)
+
+    def forward(self, x):
+        maps = self.encoder(x)
+        logits, fused = self.decoder(maps)
+        return logits, maps[-1], fused
+
+
+class ProjectionHeads(nn.Module):
+    """A_v and A_l: trained with the student, used by the losses alone, not part of the deployed student.
+
+    forward: F^S (B,C_S,h,w) -> A_v(F^S) (B,C_T,h,w), a 1x1 convolution without bias, and
+    e^S = A_l(F^S) (B,512), global average pool then 1x1 convolution without bias.
+    """
+
+    def __init__(self, c_student, c_teacher, embedding=512):
+        super().__init__()
+        self.A_v = nn.Conv2d(c_student, c_teacher, 1, bias=False)
+        # paper: unstated; the release pools once with P and once with GAP + 1x1, we take the latter
+        self.A_l = nn.Conv2d(c_student, embedding, 1, bias=False)
+        self.apply(_init)
+
+    def forward(self, feature):
+        return self.A_v(feature), self.A_l(feature.mean((2, 3), keepdim=True)).flatten(1)
+
+
+class WithHeads(nn.Module):
+    """What is trained: the student and, for C2VKD, its heads -> z^S, F^S, map before the classifier, A_v(F^S), e^S.
+
+    The heads (None for other methods, whose last two outputs are None) are drawn from a generator of
+    their own, so that students of all methods start from the same weights.
+    """
+
+    def __init__(self, student, c_teacher=None, seed=0):
+        super().__init__()
+        self.student, self.heads = student, None
+        if c_teacher is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                self.heads = ProjectionHeads(student.channels, c_teacher)
+
+    def forward(self, x):
+        logits, feature, fused = self.student(x)
+        visual, linguistic = self.heads(feature) if self.heads else (None, None)
+        return logits, feature, fused, visual, linguistic
+
+
+def _init(m):
+    """The official MiT / PVTv2 initialisation."""
+    if isinstance(m, nn.Linear):
+        nn.init.trunc_normal_(m.weight, std=0.02)
+        nn.init.zeros_(m.bias)
+    elif isinstance(m, nn.Conv2d):
+        fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
+        nn.init.normal_(m.weight, 0, math.sqrt(2 / fan_out))
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
+
+
+def load_encoder(encoder, variant, source):
+    """Load ImageNet weights strictly into `encoder`.
+
+    source: "imagenet" (downloads the official file of `variant`), "none" (keeps the random start), or the
+    path of a plain state dict in the official PVTv2 / MiT naming or in Hugging Face's `nvidia/mit-b*`
+    naming. Returns the names in the file that were left aside (the ImageNet classifier).
+    Raises InputError for a file that does not fit.
+    """
+    if source == "none":
+        return []
+    if source == "imagenet" and variant not in IMAGENET:
+        raise InputError(f"{variant} has no published ImageNet weights: use --student-weights none or a FILE")
+    state = read_weights(IMAGENET[variant] if source == "imagenet" else source, "--student-weights")
+    state = _official_names(state)
+    wanted = encoder.state_dict()
+    aside = sorted(set(state) - set(wanted))
+    bad = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape]
+    bad += [k for k in aside if not k.startswith(("head.", "classifier."))]
+    if bad:
+        raise InputError(f"{source}: not the encoder of {variant}: {len(bad)} names or shapes differ, "
+                         f"the first is {bad[0]}; give --student the variant of the file")
+    encoder.load_state_dict({k: state[k] for k in wanted})
+    return aside
+
+
+def _official_names(state):
+    """Rename Hugging Face's MiT keys to the official ones; official keys pass unchanged."""
+    renames = (("patch_embeddings", "patch_embed"), (".layer_norm.", ".norm."), ("layer_norm_", "norm"),
+               ("attention.self.", "attn."), ("attention.output.dense", "attn.proj"),
+               ("mlp.dense", "mlp.fc"), ("query", "q"))
+    out = OrderedDict()
+    for key, value in state.items():
+        if not key.startswith("segformer.encoder."):
+            out[key] = value
+            continue
+        part, stage, *rest = key.removeprefix("segformer.encoder.").split(".")
+        new = f"{part}{int(stage) + 1}." + ".".join(rest)  # stages count from 0 there, from 1 here
+        new = new.replace("layer_norm", "norm", 1) if part == "layer_norm" else new
+        for old, official in renames:
+            new = new.replace(old, official)
+        out[new] = value
+    for key in [k for k in out if ".key." in k]:  # kv = rows of key, then rows of value
+        out[key.replace(".key.", ".kv.")] = torch.cat([out.pop(key), out.pop(key.replace(".key.", ".value."))])
+    return out
+
+
+def count_parameters(module):
+    """Number of parameters (buffers not counted)."""
+    return sum(p.numel() for p in module.parameters())
+
+
+if __name__ == "__main__":
+    for name in VARIANTS:
+        model = Student(name, classes=150).eval()
+        print(f"{name}: encoder {count_parameters(model.encoder):,} parameters, "
+              f"whole, 150 classes: {count_parameters(model):,}")
+        with torch.no_grad():
+            stages = model.encoder(torch.zeros(1, 3, 128, 128))
+        for i, m in enumerate(stages, 1):
+            print(f"    stage {i}: stride {128 // m.shape[2]:2d}, {m.shape[1]:3d} channels, "
+                  f"{m.shape[2]}x{m.shape[3]} tokens of a 128x128 image")
