@@ -7,11 +7,13 @@ Every label leaves this file as uint8 class indices with 255 = ignore, every ima
 import argparse
 import colorsys
 import hashlib
+import http.client
 import os
 import shutil
 import signal
 import sys
 import tarfile
+import urllib.request
 import zipfile
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -61,7 +63,7 @@ def command(main):
     try:
         main()
     except InputError as e:
-        sys.exit(_say(e, 2))
+        sys.exit(_say(str(e).rpartition("InputError: ")[2], 2))  # a loader process puts its traceback in front
     except OSError as e:
         sys.exit(_say(f"{e.filename or 'output'}: {e.strerror or e}; check the path, its permissions and the free space", 2))
     except torch.cuda.OutOfMemoryError as e:
@@ -113,7 +115,7 @@ def load_checkpoint(path, keys=()):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the path of a last.pt or best.pt") from None
     except Exception as e:
-        raise InputError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:80]}); train again or give another") from None
+        raise InputError(f"{path}: not a readable checkpoint ({str(e)[:80] or 'empty'}); train again or give another") from None
     if not isinstance(state, dict) or (missing := [k for k in keys if k not in state]):
         raise InputError(f"{path}: not a checkpoint of this project: no "
                          f"{', '.join(missing) if isinstance(state, dict) else 'dictionary'} in it; give a last.pt or best.pt")
@@ -195,10 +197,11 @@ def _lut(values):
     return lut
 
 
-def open_dataset(name, root=None):
+def open_dataset(name, root=None, missing_ok=False):
     """The DataSet `name` under `root` (default data/NAME), made or downloaded where that is possible.
 
-    name: shapes, ade20k, cityscapes, voc or folder. Raises InputError where files are missing.
+    name: shapes, ade20k, cityscapes, voc or folder. Raises InputError where files are missing; missing_ok leaves
+    single files to `read`.
     """
     root = Path(root or Path("data") / name)
     if name == "folder" and not root.is_dir():
@@ -207,16 +210,15 @@ def open_dataset(name, root=None):
     for split in ("train", "val"):
         if not data.pairs.get(split):
             raise InputError(f"{root}: no image of the {split} split found; README, 'Data', shows the layout of {name}")
+    for path in () if missing_ok else (p for pairs in data.pairs.values() for pair in pairs for p in pair):
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; restore it or remove its partner")
     return data
 
 
-def _pair_up(images, labels, suffix=".png"):
-    """Every image of a folder with the label of the same stem. Raises InputError for a missing label."""
-    pairs = [(p, labels / (p.stem + suffix)) for p in sorted(images.glob("*")) if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    for _, label in pairs:
-        if not label.is_file():
-            raise InputError(f"{label}: no such label file; add it or remove its image from {images}")
-    return pairs
+def _pair_up(images, labels):
+    """Every image of a folder with the label of the same stem."""
+    return [(p, labels / f"{p.stem}.png") for p in sorted(images.glob("*")) if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
 
 
 def _folder(root):
@@ -224,7 +226,7 @@ def _folder(root):
     if not path.is_file():
         raise InputError(f"{path}: no such file; write one line a class: name R G B")
     classes, palette = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         *words, r, g, b = line.split() if len(line.split()) >= 4 else ("", "", "", "")
         if not (words[0:1] and words[0] and all(c.isdecimal() and int(c) < 256 for c in (r, g, b))):
             raise InputError(f"{path}, line {number}: {line!r} is not 'name R G B' with three numbers 0..255")
@@ -268,9 +270,6 @@ def _cityscapes(root):
         images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
         pairs[split] = [(p, root / "gtFine" / split / p.parent.name /
                          p.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")) for p in images]
-        for _, label in pairs[split]:
-            if not label.is_file():
-                raise InputError(f"{label}: no such label file; unpack gtFine_trainvaltest.zip again")
     lut = np.full(256, -1, np.int16)
     lut[:34] = IGNORE
     for k, (value, _, _) in enumerate(CITYSCAPES):
@@ -290,8 +289,6 @@ def _voc(root):
         ids = (lists / source).read_text().split() if (lists / source).is_file() else []
         ids = dict.fromkeys(Path(i).stem for i in ids)  # some lists in circulation name both files of a pair
         pairs[split] = [(folder / "JPEGImages" / f"{i}.jpg", folder / labels / f"{i}.png") for i in ids]
-        for label in (p for pair in pairs[split] for p in pair if not p.is_file()):
-            raise InputError(f"{label}: listed in {source} but missing; unpack the archive again")
     return DataSet("voc", VOC, voc_palette(21), pairs, _lut(range(21)))
 
 
@@ -325,7 +322,7 @@ def download(name, root):
 
 def _fetch(name, url, archive):
     try:
-        with torch.hub.urlopen(url, timeout=60) as reply:
+        with urllib.request.urlopen(url, timeout=60) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
         free = shutil.disk_usage(archive.parent).free
         print(f"{name} is not in {archive.parent}: downloading {url}\n{size / 1e9:.2f} GB, about {2.5 * size / 1e9:.2f} GB of disk "
@@ -333,7 +330,7 @@ def _fetch(name, url, archive):
         if free < 2.5 * size:
             raise InputError(f"{archive.parent}: {free / 1e9:.1f} GB free, {2.5 * size / 1e9:.1f} GB needed; give --data a larger disk")
         torch.hub.download_url_to_file(url, str(archive), progress=True)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:
         raise InputError(f"{url}: cannot download it ({e}); get it elsewhere and unpack it in {archive.parent}") from None
 
 
@@ -516,7 +513,7 @@ def main():
     parser.add_argument("--dataset", required=True, choices=("shapes", "ade20k", "cityscapes", "voc", "folder"))
     parser.add_argument("--data", help="its folder (default: data/NAME)")
     args = parser.parse_args()
-    data = open_dataset(args.dataset, args.data)
+    data = open_dataset(args.dataset, args.data, missing_ok=True)
     faults = check(data)
     print(", ".join(f"{s}: {len(p)} images" for s, p in data.pairs.items()) + f", {len(data.classes)} classes, {faults} faulty")
     if faults:

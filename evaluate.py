@@ -56,7 +56,7 @@ def predict(model, image, size, window=None, stride=None, flip=False, batch=8):
     h, w = image.shape[2:]
     win_h, win_w = (window, window) if window else (max(h, 32), max(w, 32))
     image = F.pad(image, (0, max(0, win_w - w), 0, max(0, win_h - h)))
-    tops, lefts = (_starts(side, win, stride or win) for side, win in ((image.shape[2], win_h), (image.shape[3], win_w)))
+    tops, lefts = (_starts(side, win, min(stride or win, win)) for side, win in ((image.shape[2], win_h), (image.shape[3], win_w)))
     corners = [(y, x) for y in tops for x in lefts]
     total = weight = 0
     for i in range(0, len(corners), batch):
@@ -210,10 +210,10 @@ def _evaluate_checkpoint(args, model, state, device):
     matrix = evaluate(model, data, args.split, state["base"], window, device, args.stride, args.flip, args.batch_size)
     result = scores(matrix)
     print(table([(state["name"], count_parameters(model), result)], data.classes))
-    if window == state["window"] and not (args.stride or args.flip):  # only the standard protocol is compared
+    # only the standard protocol is compared, and never the step that was chosen on val
+    if window == state["window"] and not (args.stride or args.flip) and Path(args.checkpoint).name != "best.pt":
         write_json(Path(args.checkpoint).with_name(f"results-{args.split}.json"),
-                   result | {"step": state["step"], "method": state.get("method"), "seed": state.get("seed"),
-                             "conditions": state.get("conditions"), "classes": data.classes})
+                   result | {k: state.get(k) for k in ("label", "method", "seed", "conditions", "classes", "step")})
     if args.pictures:
         Path(args.pictures).mkdir(parents=True, exist_ok=True)
         path = Path(args.pictures) / f"{args.split}.png"
@@ -228,6 +228,8 @@ def _overlays(args, model, state, device):
     if not files:
         raise InputError(f"{args.image[0]}: no .jpg or .png in it")
     out = Path(args.pictures or "pictures")
+    if out.resolve() in {p.resolve().parent for p in files}:
+        raise InputError(f"{out}: holds the images themselves, which would be overwritten; give another --pictures")
     out.mkdir(parents=True, exist_ok=True)
     for path in progress(files, desc=f"overlays to {out}", unit="images"):
         try:
@@ -286,13 +288,15 @@ def compare(folder, split):
     first, reference = next(iter(runs.items()))
     for path, result in runs.items():
         differing = [k for k in reference["conditions"] if result["conditions"].get(k) != reference["conditions"][k]]
+        differing += ["step"] * (result["step"] != reference["step"])
         if differing:
             raise InputError(f"{path}: differs from {first} in {', '.join(differing)}; compare runs of the same conditions")
     by_method = {}
     for path, result in runs.items():
-        if result["seed"] in by_method.setdefault(result["label"] if "label" in result else result["method"], {}):
-            raise InputError(f"{path}: a second run of {result['method']}, seed {result['seed']}; keep one")
-        by_method[result["label"] if "label" in result else result["method"]][result["seed"]] = result
+        name = result.get("label") or result["method"]
+        if result["seed"] in by_method.setdefault(name, {}):
+            raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
+        by_method[name][result["seed"]] = result
     alone = by_method.get("ce", {})
     lines = [f"{split}, {reference['step']} steps", f"{'method':16s}{'seeds':>6s}{'mIoU':>8s}{'std':>7s}{'gain over ce':>14s}   95% interval"]
     gains = {}
@@ -304,14 +308,16 @@ def compare(folder, split):
             gains[method] = {s: seeds[s]["miou"] - alone[s]["miou"] for s in seeds if s in alone}
             line += f"{statistics.mean(gains[method].values()):+14.2f}   {_interval(list(gains[method].values()))}"
         lines.append(line)
-    baselines = {m: statistics.mean(g.values()) for m, g in gains.items() if not m.startswith("c2vkd")}
-    if "c2vkd" in gains and baselines:
+    ours = gains.get("c2vkd", {})
+    shared = {m: {s: g[s] for s in g if s in ours} for m, g in gains.items()  # the baselines' gains, on the seeds of c2vkd
+              if all(r["method"] != "c2vkd" for r in by_method[m].values())}
+    baselines = {m: statistics.mean(g.values()) for m, g in shared.items() if g}
+    if baselines:
         best = max(baselines, key=baselines.get)
-        seeds = sorted(set(gains["c2vkd"]) & set(gains[best]))
-        difference = [gains["c2vkd"][s] - 2 * gains[best][s] for s in seeds]
+        difference = [ours[s] - 2 * g for s, g in shared[best].items()]
         lines.append(f"\ngain(c2vkd) - 2 gain({best}) = {statistics.mean(difference):+.2f}   {_interval(difference)}")
-        low = _bounds([gains[best][s] for s in seeds])[0]
-        ratio = f"{statistics.mean(gains['c2vkd'][s] for s in seeds) / baselines[best]:.0%}" if low > 0 else \
+        low = _bounds(list(shared[best].values()))[0]
+        ratio = f"{statistics.mean(ours[s] for s in shared[best]) / baselines[best]:.0%}" if low > 0 else \
             f"undefined: the gain of {best} does not exclude 0"
         lines.append(f"gain(c2vkd) / gain({best}): {ratio}")
     lines += ["", f"{'IoU of each class':20s}" + "".join(f"{m[:11]:>12s}" for m in by_method)]
@@ -338,8 +344,7 @@ def _interval(values):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Evaluate, apply, export or compare trained networks.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Evaluate, apply, export or compare trained networks.")
     what = parser.add_argument_group("what to do")
     what.add_argument("--checkpoint", metavar="FILE", help="a last.pt or best.pt: print its mIoU")
     what.add_argument("--image", nargs="+", metavar="PATH", help="pictures or folders to colour instead")
@@ -348,15 +353,15 @@ def main():
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=("shapes", "ade20k", "cityscapes", "voc", "folder"), help="default: the checkpoint's")
     data.add_argument("--data", metavar="DIR", help="its folder; default: the checkpoint's")
-    data.add_argument("--split", default="val", choices=("train", "val", "test"), help="images to score")
+    data.add_argument("--split", default="val", choices=("train", "val", "test"), help="images to score (default val)")
     how = parser.add_argument_group("how")
     how.add_argument("--window", type=int, metavar="PIXELS", help="side of the sliding window; default: the training crop")
     how.add_argument("--stride", type=int, metavar="PIXELS", help="its step; default: 2/3 of the window")
     how.add_argument("--whole", action="store_true", help="whole images instead of windows")
     how.add_argument("--flip", action="store_true", help="average with the mirror image")
-    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at a time")
+    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at a time (default 8)")
     how.add_argument("--pictures", metavar="DIR", help="where pictures go")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
     for name in ("window", "stride", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < (32 if name == "window" else 1):
@@ -365,6 +370,8 @@ def main():
         return print(compare(args.compare, args.split))
     if not args.checkpoint:
         parser.error("--checkpoint FILE or --compare DIR is needed")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: no such device found; use --device cpu")
     model, state = load_network(args.checkpoint, args.device)
     if args.export:
         _export(args, model, state)

@@ -29,9 +29,14 @@ import torch.nn.functional as F
 IGNORE = 255
 
 
+def full(x):
+    """At least float32: autocast's half precisions are raised, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def upsample(x, size):
     """Bilinear resizing of a map (B,C,h,w) to `size`, in float32."""
-    return F.interpolate(x.float(), size, mode="bilinear", align_corners=False)
+    return F.interpolate(full(x), size, mode="bilinear", align_corners=False)
 
 
 def all_sum(x):
@@ -67,7 +72,7 @@ def linguistic_loss(e_S, e_T, kl="forward"):
     e_S, e_T: (B,512). Summed over coordinates, averaged over images.
     """
     # paper: unstated; the release averages over the coordinates too, which makes the term 512 times smaller
-    return divergence(F.log_softmax(e_S.float(), 1), F.log_softmax(e_T.float(), 1), 1, kl).mean()
+    return divergence(F.log_softmax(full(e_S), 1), F.log_softmax(full(e_T), 1), 1, kl).mean()
 
 
 def global_visual_loss(V_S, V_T, kl="forward"):
@@ -75,12 +80,12 @@ def global_visual_loss(V_S, V_T, kl="forward"):
 
     V_S, V_T: (B,C,h,w). Summed over channels, averaged over images and positions.
     """
-    return divergence(F.log_softmax(V_S.float(), 1), F.log_softmax(V_T.float(), 1), 1, kl).mean()
+    return divergence(F.log_softmax(full(V_S), 1), F.log_softmax(full(V_T), 1), 1, kl).mean()
 
 
 def patch_rows(V):
     """Eq. 5: V (B,C,h,w) -> N = B h w rows of C channels, each divided by its L2 norm, then centred."""
-    rows = V.float().flatten(2).transpose(1, 2).flatten(0, 1)  # N,C
+    rows = full(V).flatten(2).transpose(1, 2).flatten(0, 1)  # N,C
     rows = F.normalize(rows, dim=1)
     return rows - rows.mean(1, keepdim=True)
 
@@ -116,7 +121,7 @@ def margin(z, labels):
     """
     # paper: unstated; all non-target classes are one probability, so their structure is given up (no DKD-like NCKD)
     target = labels.where(labels != IGNORE, 0)[:, None]  # B,1,H,W
-    z = z.float()
+    z = full(z)
     z_t = z.gather(1, target)
     z_nt = z.scatter(1, target, -torch.inf).logsumexp(1, keepdim=True)
     return (z_t - z_nt)[:, 0]
@@ -157,20 +162,20 @@ def released_weights(c_teacher, embedding=512):
 def cross_entropy(z_S, labels):
     """Pixel-wise cross-entropy, mean over labelled pixels. z_S: (B,K,H,W) at the labels' size."""
     # pixels x K: deterministic CUDA has no two-dimensional nll_loss
-    flat, target = z_S.float().movedim(1, -1).flatten(0, -2), labels.flatten()
+    flat, target = full(z_S).movedim(1, -1).flatten(0, -2), labels.flatten()
     loss = F.cross_entropy(flat, target, ignore_index=IGNORE, reduction="none")
     return masked_mean(loss, target != IGNORE)
 
 
 def kd_loss(z_S, z_T, labels, T=1.0):
     """Hinton et al., 1503.02531, pixel-wise: T^2 KL(softmax(z_T/T) || softmax(z_S/T)), sum over classes, mean over pixels."""
-    loss = divergence(F.log_softmax(z_S.float() / T, 1), F.log_softmax(z_T.float() / T, 1), 1, "forward")
+    loss = divergence(F.log_softmax(full(z_S) / T, 1), F.log_softmax(full(z_T) / T, 1), 1, "forward")
     return T ** 2 * masked_mean(loss, labels != IGNORE)
 
 
 def cwd_loss(z_S, z_T, labels, T=4.0):
     """CWD, 2011.13256, on logits: T^2/(B K) sum over images and classes of the KL between softmaxes over positions."""
-    log_S, log_T = (F.log_softmax((z.float() / T).masked_fill(labels[:, None] == IGNORE, -1e9).flatten(2), 2) for z in (z_S, z_T))
+    log_S, log_T = (F.log_softmax((full(z) / T).masked_fill(labels[:, None] == IGNORE, -1e9).flatten(2), 2) for z in (z_S, z_T))
     return T ** 2 * divergence(log_S, log_T, 2, "forward").mean()
 
 
@@ -179,38 +184,47 @@ def skd_loss(D_S, D_T, labels):
 
     D_S, D_T: (B,C,h,w), the channels may differ. Mean over images and pairs; the adversarial part is left out.
     """
-    valid = (labels != IGNORE)[:, None].float()
-    A_S, A_T = (F.normalize(F.max_pool2d(D.float(), 2, 2, ceil_mode=True).flatten(2), dim=1) for D in (D_S, D_T))
-    mask = F.max_pool2d(valid, 2, 2, ceil_mode=True).flatten(2) > 0  # B,1,n
-    loss = (A_S.transpose(1, 2) @ A_S - A_T.transpose(1, 2) @ A_T).square()  # B,n,n
+    valid = (labels != IGNORE)[:, None]
+    mask = F.max_pool2d(valid.float(), 2, 2, ceil_mode=True).flatten(2) > 0  # B,1,n
+
+    def cosines(D):
+        D = F.max_pool2d(full(D).masked_fill(~valid, -torch.inf), 2, 2, ceil_mode=True).flatten(2)  # B,C,n
+        A = F.normalize(D.masked_fill(~mask, 0), dim=1)
+        return A.transpose(1, 2) @ A  # B,n,n
+
+    with torch.autocast(D_S.device.type, enabled=False):
+        loss = (cosines(D_S) - cosines(D_T)).square()
     return masked_mean(loss, mask & mask.transpose(1, 2))
 
 
 def ifvd_loss(D_S, D_T, labels, classes):
     """IFVD, ECCV 2020: mean squared difference of each position's cosine to the mean feature of its class in its image."""
-    onehot = F.one_hot(labels.where(labels != IGNORE, classes).flatten(1), classes + 1)[..., :classes].float()  # B,n,K
+    onehot = F.one_hot(labels.where(labels != IGNORE, classes).flatten(1), classes + 1)[..., :classes]  # B,n,K
 
     def variation(D):
-        D = D.float().flatten(2)  # B,C,n
-        prototypes = D @ onehot / onehot.sum(1, keepdim=True).clamp(min=1)  # B,C,K
-        return F.cosine_similarity(D, prototypes @ onehot.transpose(1, 2), dim=1)  # B,n
+        D = full(D).flatten(2)  # B,C,n
+        member = onehot.to(D.dtype)
+        prototypes = D @ member / member.sum(1, keepdim=True).clamp(min=1)  # B,C,K
+        return F.cosine_similarity(D, prototypes @ member.transpose(1, 2), dim=1)  # B,n
 
-    return masked_mean((variation(D_S) - variation(D_T)).square(), labels.flatten(1) != IGNORE)
+    with torch.autocast(D_S.device.type, enabled=False):
+        loss = (variation(D_S) - variation(D_T)).square()
+    return masked_mean(loss, labels.flatten(1) != IGNORE)
 
 
 def at_loss(D_S, D_T, labels):
     """Attention transfer, 1612.03928: mean squared difference of the L2-normalised maps of mean_C D^2, an image a row."""
     mask = (labels != IGNORE).flatten(1)
-    a_S, a_T = (F.normalize(D.float().square().mean(1).flatten(1).masked_fill(~mask, 0), dim=1) for D in (D_S, D_T))
+    a_S, a_T = (F.normalize(full(D).square().mean(1).flatten(1).masked_fill(~mask, 0), dim=1) for D in (D_S, D_T))
     return masked_mean((a_S - a_T).square(), mask)
 
 
 def dist_loss(z_S, z_T, labels):
     """DIST, 2205.10536: 1 - mean Pearson correlation of the softmaxes, over classes a pixel plus over pixels a class."""
     valid = (labels != IGNORE).flatten()
-    P, Q = (z.float().softmax(1).movedim(1, -1).flatten(0, -2)[valid] for z in (z_S, z_T))  # pixels,K
+    P, Q = (full(z).softmax(1).movedim(1, -1).flatten(0, -2)[valid] for z in (z_S, z_T))  # pixels,K
     if not len(P):
-        return z_S.sum() * 0
+        return full(z_S).sum() * 0
 
     def distance(a, b):  # rows
         return 1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean()
@@ -220,7 +234,7 @@ def dist_loss(z_S, z_T, labels):
 
 def dkd_loss(z_S, z_T, labels, alpha=1.0, beta=8.0, T=4.0):
     """DKD, 2203.08679, pixel-wise: T^2 mean over pixels of alpha TCKD + beta NCKD (mdistiller's alpha, beta, T)."""
-    z_S, z_T = z_S.float() / T, z_T.float() / T
+    z_S, z_T = full(z_S) / T, full(z_T) / T
     m_S, m_T = margin(z_S, labels), margin(z_T, labels)
     pair_S, pair_T = (torch.stack([F.logsigmoid(m), F.logsigmoid(-m)]) for m in (m_S, m_T))
     target = labels.where(labels != IGNORE, 0)[:, None]

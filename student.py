@@ -126,7 +126,7 @@ class Encoder(nn.Module):
     def __init__(self, variant):
         super().__init__()
         dims, depths, heads, srs, ratios, _, drop = VARIANTS[variant]
-        drops = iter(torch.linspace(0, drop, sum(depths)).tolist())
+        drops = (drop * i / (sum(depths) - 1) for i in range(sum(depths)))
         c_in = 3
         for i in range(4):
             embed = OverlapPatchEmbed(c_in, dims[i], *((7, 4) if i == 0 else (3, 2)))
@@ -275,7 +275,7 @@ def _official_names(state):
         for old, official in renames:
             new = new.replace(old, official)
         out[new] = value
-    for key in [k for k in out if ".key." in k]:  # kv = rows of key, then rows of value
+    for key in [k for k in out if ".key." in k and k.replace(".key.", ".value.") in out]:  # kv = rows of key, then rows of value
         out[key.replace(".key.", ".kv.")] = torch.cat([out.pop(key), out.pop(key.replace(".key.", ".value."))])
     return out
 
@@ -287,11 +287,11 @@ def count_parameters(module):
 
 if __name__ == "__main__":
     for name in VARIANTS:
-        model = Student(name, classes=150).eval()
+        with torch.device("meta"):  # shapes without values
+            model = Student(name, classes=150).eval()
+            stages = model.encoder(torch.zeros(1, 3, 128, 128))
         print(f"{name}: encoder {count_parameters(model.encoder):,} parameters, "
               f"whole, 150 classes: {count_parameters(model):,}")
-        with torch.no_grad():
-            stages = model.encoder(torch.zeros(1, 3, 128, 128))
         for i, m in enumerate(stages, 1):
             print(f"    stage {i}: stride {128 // m.shape[2]:2d}, {m.shape[1]:3d} channels, "
                   f"{m.shape[2]}x{m.shape[3]} tokens of a 128x128 image")

@@ -73,7 +73,7 @@ def parse_options(argv=None):
     g.add_argument("--data", metavar="DIR", help="its folder (default data/NAME)")
     g.add_argument("--method", default="c2vkd", choices=("teacher", *losses.METHODS), help="default c2vkd; teacher: stop after stage 2")
     g.add_argument("--out", default="runs", metavar="DIR", help="output folder (default runs)")
-    g.add_argument("--name", metavar="NAME", help="the run's folder (default METHOD-STUDENT-seedN)")
+    g.add_argument("--name", metavar="NAME", help="the run's folder (default METHOD-STUDENT-seedN); without -seedN, its row in evaluate.py --compare")
     g = p.add_argument_group("teacher")
     g.add_argument("--teacher", choices=CHANNELS, help="*")
     g.add_argument("--teacher-weights", metavar="W", help="* imagenet | none | voc (a finished VOC model) | FILE (our finished last.pt)")
@@ -116,15 +116,17 @@ def parse_options(argv=None):
     for key, value in recipe.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    args.lr = args.lr or STUDENT_LR["random" if args.student_weights == "none" else "pretrained"]
-    args.teacher_lr = args.teacher_lr or TEACHER_LR["random" if args.teacher_weights == "none" else "pretrained"]
+    if args.lr is None:
+        args.lr = STUDENT_LR["random" if args.student_weights == "none" else "pretrained"]
+    if args.teacher_lr is None:
+        args.teacher_lr = TEACHER_LR["random" if args.teacher_weights == "none" else "pretrained"]
     args.workers = (8 if args.gpus else 0) if args.workers is None else args.workers
 
     for name, least in dict(teacher_steps=1, pool_steps=1, steps=1, batch_size=2, crop=32, base=32, warmup=0, gpus=0, workers=0,
                             seed=0, log_every=1, report_every=1, val_images=1).items():
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    if args.lr <= 0 or args.teacher_lr <= 0:
+    if not (args.lr > 0 and args.teacher_lr > 0):
         raise InputError("--lr and --teacher-lr must be above 0")
     if args.val_every is not None and args.val_every < 1:
         raise InputError(f"--val-every {args.val_every}: must be at least 1")
@@ -174,7 +176,7 @@ def teacher_folder(args):
 
 
 def common_conditions(args, data):
-    return {"dataset": args.dataset, "classes": len(data.classes), "base": args.base, "crop": args.crop,
+    return {"dataset": args.dataset, "classes": len(data.classes), "train_images": len(data.pairs["train"]), "base": args.base, "crop": args.crop,
             "batch_size": args.batch_size, "warmup": args.warmup, "teacher": args.teacher, "teacher_weights": args.teacher_weights,
             "teacher_steps": args.teacher_steps, "teacher_lr": args.teacher_lr}
 
@@ -248,10 +250,12 @@ def build_student_stage(args, data, teacher, pool):
     optimizer = torch.optim.AdamW(module.parameters(), args.lr, weight_decay=0.01, fused=bool(args.gpus))
     conditions = common_conditions(args, data) | {"student": args.student, "student_weights": args.student_weights,
                                                   "steps": args.steps, "lr": args.lr}
-    own = {"method": args.method, "seed": args.seed, "kl": args.kl, "weights": args.term_weights}
+    own = {"method": args.method, "seed": args.seed, "kl": args.kl, "weights": args.term_weights,
+           "pool_steps": args.pool_steps, "clip": args.clip}
     folder = Path(args.out) / args.dataset / (args.name or f"{args.method}-{args.student}-seed{args.seed}")
     return Stage("student", folder, module, terms, args.term_weights, optimizer, args.steps, 1.0, conditions | own,
-                 description(args, data, args.student) | {"method": args.method, "seed": args.seed, "conditions": conditions},
+                 description(args, data, args.student) | {"label": args.name and args.name.removesuffix(f"-seed{args.seed}"),
+                                                          "method": args.method, "seed": args.seed, "conditions": conditions},
                  student, student.encoder, {"teacher": teacher, "student": student})
 
 
@@ -294,25 +298,25 @@ def baseline_terms(net, teacher, images, labels, weights, classes):
 # ---------------------------------------------------------------- the training loop
 
 def run_stage(stage, args, data):
-    """Train a stage to its end, continuing from its last.pt. Returns its state."""
-    state = resume(stage, args)
-    step, pending = state["step"], state["pending"]
-    if step >= stage.steps:
-        return state
+    """Train a stage to its end, continuing from its last.pt if there is one."""
+    step, seed, best, pending = resume(stage, args)
     log = Log(stage, args, step)
     saved = time.monotonic()
-    batches = loader(args, data, step, stage.steps)
-    bar = progress(batches, desc=stage.name, total=stage.steps, initial=step, unit="step", disable=args.rank > 0)
+    if step == 0 and stage.encoder is not None:
+        log.write(0, [], [], stage, args, validation(stage, args, data, 0))
     stage.module.train()
+    bar = progress(loader(args, data, seed, step, stage.steps), desc=stage.name, total=stage.steps, initial=step,
+                   unit="step", disable=args.rank > 0)
     for images, labels, names in bar:
-        torch.manual_seed(args.seed + 1_000_003 * (step * args.processes + args.rank + 1))  # dropout: a function of (seed, step)
+        # dropout and stochastic depth are a function of (seed, step), so nothing random has to be saved
+        torch.manual_seed(seed + 1_000_003 * (step * args.processes + args.rank + 1))
         for group in stage.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(step, stage.steps, args.warmup, stage.power)
 
         images, labels = to_device(images, labels, args)
         report = stage.encoder is not None and (step % args.report_every == 0 or step == stage.steps - 1)
         with precision(args, eager=report):
-            terms = stage.terms(images, labels)
+            terms = stage.terms(images, labels)  # teacher, student, losses
             loss = losses.total_loss(terms, stage.weights)
         norms = gradient_norms(terms, stage.encoder) if report else {}
         stage.optimizer.zero_grad()
@@ -323,20 +327,23 @@ def run_stage(stage, args, data):
         pending.append((step, list(names), torch.stack([t.detach().float() for t in terms.values()]), norms))
         stop = Stop.agreed(step, args)
         validate = step % (args.val_every or -(-stage.steps // 4)) == 0 or step == stage.steps
-        if step % args.log_every == 0 or validate or stop or time.monotonic() - saved > 60:
+        keep = validate or stop or time.monotonic() - saved > 60
+        if keep or step % args.log_every == 0:
             check_finite(pending, stage, list(terms))  # before anything is saved
-        if step % args.log_every == 0 or step == stage.steps:
-            bar.set_postfix(log.write(pending, list(terms), stage, args))
+        miou = validation(stage, args, data, step) if validate and stage.network is not None else None
+        if miou is not None and miou > best:
+            best = miou
+            save_best(stage, args, step)
+        if validate or step % args.log_every == 0:
+            bar.set_postfix(log.write(step, pending, list(terms), stage, args, miou))
             pending.clear()
-        if validate and stage.network is not None:
-            state["best"] = validation(stage, args, data, step, state["best"], log)
-        if validate or stop or time.monotonic() - saved > 60:
-            save(stage, args, step, pending, state["best"])
+        if keep:
+            save(stage, args, step, seed, best, pending)
             saved = time.monotonic()
         if stop:
             bar.close()
             raise Interrupted(f"{stage.name}: stopped and saved at step {step}; run the same command again to continue")
-    return resume(stage, args)
+    barrier()
 
 
 def schedule(step, steps, warmup, power):
@@ -348,14 +355,14 @@ def schedule(step, steps, warmup, power):
     return (1 - (step - warmup) / (steps - warmup)) ** power
 
 
-def loader(args, data, start, stop):
+def loader(args, data, seed, start, stop):
     """Batches start ... stop - 1 of the sample stream; a process takes its share of every batch."""
     share = args.batch_size // args.processes
-    stream = TrainStream(data, args.seed, args.base, args.crop, args.scale, stop * args.batch_size)
+    stream = TrainStream(data, seed, args.base, args.crop, args.scale, stop * args.batch_size)
     positions = [step * args.batch_size + args.rank * share + i for step in range(start, stop) for i in range(share)]
     return torch.utils.data.DataLoader(
         stream, batch_size=share, sampler=positions, num_workers=args.workers, pin_memory=bool(args.gpus),
-        worker_init_fn=_quiet_worker, persistent_workers=False, generator=torch.Generator())
+        worker_init_fn=_quiet_worker, generator=torch.Generator())
 
 
 def _quiet_worker(_):
@@ -400,64 +407,62 @@ class Log:
     """log.csv: a row every --log-every steps, means over them; a continued run drops the rows after its checkpoint."""
 
     def __init__(self, stage, args, step):
-        self.path, self.began = stage.folder / "log.csv", time.monotonic()
+        self.path, self.began, self.rank = stage.folder / "log.csv", time.monotonic(), args.rank
         self.fields = ["step", "lr", "seconds_per_step", "total"]
         for kind in ("raw", "weighted", "grad"):
             self.fields += [f"{kind}_{n}" for n in stage.weights if kind != "grad" or stage.encoder is not None]
         self.fields += ["val_miou"] if stage.network is not None else []
-        self.rows = []
-        if self.path.exists():
-            with open(self.path, newline="") as f:
-                self.rows = [r for r in csv.DictReader(f) if int(r["step"]) <= step]
+        kept = []
+        if step and self.path.exists():
+            with open(self.path, newline="") as f:  # a killed run may have left half a row
+                kept = [r for r in csv.DictReader(f) if None not in r.values() and int(r["step"]) <= step]
+        if self.rank == 0:
+            write_atomically(self.path, lambda p: self._append(p, kept, "w"))
 
-    def write(self, pending, names, stage, args):
+    def _append(self, path, rows, mode="a"):
+        with open(path, mode, newline="") as f:
+            writer = csv.DictWriter(f, self.fields)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, step, pending, names, stage, args, miou=None):
         """Append a row from the pending steps; returns the weighted means, for the progress bar."""
-        means = dict(zip(names, torch.stack([v for _, _, v, _ in pending]).double().mean(0).tolist()))
-        weighted = {n: stage.weights[n] * v for n, v in means.items()}
-        row = {"step": pending[-1][0], "lr": f"{stage.optimizer.param_groups[0]['lr']:.4g}", "total": f"{sum(weighted.values()):.6g}",
-               "seconds_per_step": f"{(time.monotonic() - self.began) / len(pending):.3f}"}
+        row = {"step": step, "val_miou": f"{miou:.3f}"} if miou is not None else {"step": step}
+        weighted = {}
+        if pending:
+            means = dict(zip(names, torch.stack([v for _, _, v, _ in pending]).double().mean(0).tolist()))
+            weighted = {n: stage.weights[n] * v for n, v in means.items()}
+            row |= {"lr": f"{stage.optimizer.param_groups[0]['lr']:.4g}", "total": f"{sum(weighted.values()):.6g}",
+                    "seconds_per_step": f"{(time.monotonic() - self.began) / len(pending):.3f}"}
+            row |= {f"raw_{n}": f"{v:.6g}" for n, v in means.items()} | {f"weighted_{n}": f"{v:.6g}" for n, v in weighted.items()}
+            row |= {f"grad_{n}": f"{v:.6g}" for *_, norms in pending for n, v in norms.items()}
         self.began = time.monotonic()
-        row |= {f"raw_{n}": f"{v:.6g}" for n, v in means.items()} | {f"weighted_{n}": f"{v:.6g}" for n, v in weighted.items()}
-        for _, _, _, norms in pending:
-            row |= {f"grad_{n}": f"{v:.6g}" for n, v in norms.items()}
-        self.rows.append(row)
-        self._flush(args)
+        if self.rank == 0:
+            self._append(self.path, [row])
         return {n: f"{v:.3f}" for n, v in weighted.items()}
 
-    def add_validation(self, step, miou, args):
-        if not self.rows or int(self.rows[-1]["step"]) != step:
-            self.rows.append({"step": step})
-        self.rows[-1]["val_miou"] = f"{miou:.3f}"
-        self._flush(args)
 
-    def _flush(self, args):
-        def write(path):
-            with open(path, "w", newline="") as f:
-                writer = csv.DictWriter(f, self.fields)
-                writer.writeheader()
-                writer.writerows(self.rows)
-        if args.rank == 0:
-            write_atomically(self.path, write)
-
-
-def validation(stage, args, data, step, best, log):
-    """mIoU on val (the last time on all of it), a picture, and best.pt if it is the best so far. Returns the best."""
+def validation(stage, args, data, step):
+    """mIoU on val (at the last step on all of it), with a picture. Returns the mIoU in percent."""
     matrix = evaluate(stage.network, data, "val", args.base, args.crop, args.device, desc=f"{stage.name}: validation",
                       images=None if step == stage.steps else args.val_images)
     result = scores(matrix.cpu())
-    log.add_validation(step, result["miou"], args)
     if args.rank == 0:
         tqdm.write(f"{stage.name}, step {step}: val mIoU {result['miou']:.2f}")
         pictures = stage.folder / "pictures"
         pictures.mkdir(exist_ok=True)
         strip(data, "val", args.base, args.crop, stage.strip_models, args.device).save(pictures / f"step{step:06d}.png")
-        if result["miou"] > best:
-            content = stage.describe | {"network": _plain(stage.network.state_dict()), "step": step}
-            write_atomically(stage.folder / "best.pt", lambda p: torch.save(content, p))
         if step == stage.steps:
-            write_json(stage.folder / "results-val.json", result | {k: stage.describe.get(k) for k in (
-                "method", "seed", "conditions", "classes")} | {"step": step, "label": args.name if stage.name == "student" and args.name else None})
-    return max(best, result["miou"])
+            write_json(stage.folder / "results-val.json", result | {"step": step} | {
+                k: stage.describe.get(k) for k in ("label", "method", "seed", "conditions", "classes")})
+    return result["miou"]
+
+
+def save_best(stage, args, step):
+    if args.rank == 0:
+        content = stage.describe | {"network": _plain(stage.network.state_dict()), "step": step}
+        write_atomically(stage.folder / "best.pt", lambda p: torch.save(content, p))
 
 
 def _plain(state):
@@ -465,30 +470,39 @@ def _plain(state):
     return {k: v.cpu().contiguous() for k, v in state.items()}
 
 
-def save(stage, args, step, pending, best):
+def save(stage, args, step, seed, best, pending):
     """last.pt: everything that continues the stage, and the deployed network for evaluate.py."""
     if args.rank:
         return
-    content = stage.describe | {"step": step, "best": best, "pending": [tuple(p) for p in pending], "optimizer": stage.optimizer.state_dict(),
-                                "module": stage.module.state_dict(), "seed": args.seed, "stage_conditions": stage.conditions}
+    content = stage.describe | {"step": step, "run_seed": seed, "best": best, "pending": [tuple(p) for p in pending],
+                                "optimizer": stage.optimizer.state_dict(), "module": stage.module.state_dict(),
+                                "stage_conditions": stage.conditions}
     if stage.network is not None:
         content["network"] = _plain(stage.network.state_dict())
     write_atomically(stage.folder / "last.pt", lambda p: torch.save(content, p))
 
 
 def resume(stage, args):
-    """Load last.pt into the stage if there is one. Raises InputError where it belongs to another experiment."""
+    """Load last.pt into the stage if there is one: step, seed, best mIoU, steps not yet logged.
+
+    Raises InputError where it belongs to another experiment.
+    """
     stage.folder.mkdir(parents=True, exist_ok=True)
     for group in stage.optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     path = stage.folder / "last.pt"
     if not path.exists():
-        return {"step": 0, "pending": [], "best": -1.0}
-    state = load_checkpoint(path, ("step", "pending", "best", "optimizer", "module", "stage_conditions"))
+        return 0, args.seed, -1.0, []
+    state = load_checkpoint(path, ("step", "run_seed", "best", "pending", "optimizer", "module", "stage_conditions"))
     refuse_other_conditions(stage, state["stage_conditions"], path)
     stage.module.load_state_dict(state["module"])
     stage.optimizer.load_state_dict(state["optimizer"])
-    return state
+    return state["step"], state["run_seed"], state["best"], state["pending"]
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def refuse_other_conditions(stage, found, path):
@@ -561,7 +575,7 @@ def report_pool(fitter, teacher, args, data):
 
 def seconds_per_step(stage, args, data):
     """Median of three real steps of a throw-away stage, after one to warm up."""
-    images, labels, _ = next(iter(loader(argparse.Namespace(**vars(args) | {"workers": 0}), data, 0, 1)))
+    images, labels, _ = next(iter(loader(argparse.Namespace(**vars(args) | {"workers": 0}), data, args.seed, 0, 1)))
     times = []
     stage.module.train()
     for _ in range(4):
@@ -585,7 +599,8 @@ def announce(args, data, given):
     pool = build_pool_stage(draft, data, teacher.module)
     student = build_student_stage(draft, data, teacher.module, pool.module.pool) if args.method != "teacher" else None
     lines, total = [], 0
-    for stage, folder in ((None if given else teacher, teacher_folder(args)), (None if args.clip else pool, pool.folder),
+    for stage, folder in ((None if given else teacher, teacher_folder(args)),
+                          (pool if args.method in ("c2vkd", "teacher") and not args.clip else None, pool.folder),
                           (student, student and student.folder)):
         if stage is None:
             continue
@@ -607,8 +622,11 @@ def duration(seconds):
 
 def train(args):
     """Stages 1 to 3, then the table."""
+    if args.rank == 0:
+        open_dataset(args.dataset, args.data)  # one process draws or downloads
+    barrier()
     data = open_dataset(args.dataset, args.data)
-    if len(data.pairs["train"]) < 1 or args.batch_size % args.processes:
+    if args.batch_size % args.processes:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {args.processes} processes")
     given = finished_teacher(args, data)
     announce(args, data, given is not None)
@@ -622,14 +640,7 @@ def train(args):
     teacher_result = teacher_scores(teacher, args, data)
     print_main(args, f"teacher {args.teacher}: val mIoU {teacher_result['miou']:.2f}")
 
-    pool_stage = build_pool_stage(args, data, teacher)
-    if args.clip:
-        load_clip_pool(pool_stage.module.pool, args.clip)
-    else:
-        run_stage(pool_stage, args, data)
-        if args.rank == 0:
-            report_pool(pool_stage.module, teacher, args, data)
-    pool = pool_stage.module.pool.requires_grad_(False).eval()
+    pool = finished_pool(args, data, teacher) if args.method in ("c2vkd", "teacher") else None
     rows = [(f"teacher {args.teacher.removeprefix('deeplabv3_')}"[:23], count_parameters(teacher), teacher_result)]
     folder = teacher_folder(args)
 
@@ -638,7 +649,7 @@ def train(args):
         folder = stage.folder
         folder.mkdir(parents=True, exist_ok=True)
         if args.rank == 0:
-            write_json(folder / "options.json", {k: v for k, v in vars(args).items() if k not in ("device", "rank", "processes")})
+            write_json(folder / "options.json", {k: v for k, v in vars(args).items() if k != "device"})
         if args.compile:
             teacher.compile()
             stage.module.compile()
@@ -647,6 +658,18 @@ def train(args):
                      json.loads((folder / "results-val.json").read_text())))
     if args.rank == 0:
         summary(rows, folder, data, args)
+
+
+def finished_pool(args, data, teacher):
+    """Stage 2: the frozen pool P, from --clip or fitted."""
+    stage = build_pool_stage(args, data, teacher)
+    if args.clip:
+        load_clip_pool(stage.module.pool, args.clip)
+    else:
+        run_stage(stage, args, data)
+        if args.rank == 0:
+            report_pool(stage.module, teacher, args, data)
+    return stage.module.pool.requires_grad_(False).eval()
 
 
 def teacher_scores(teacher, args, data):
