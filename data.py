@@ -449,6 +449,7 @@ class TrainStream(torch.utils.data.Dataset):
         index = int(_order(self.seed, position // n, n)[position % n])
         image, label = self.data.read("train", index)
         rng = np.random.default_rng([self.seed, position, 1])
+        # paper: unstated; the release draws the LONG side from 0.5-2.0 x 520, which makes crops of Cityscapes mostly padding
         s = self.base * rng.uniform(*self.scale) / min(image.size)
         size = [max(1, round(s * side)) for side in image.size]
         w, h = (min(self.crop, side) for side in size)

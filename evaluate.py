@@ -85,6 +85,7 @@ def evaluate(model, data, split, base, window, device, stride=None, flip=False, 
 
     With several processes each takes every n-th image, once, and the counts are added up.
     """
+    # paper: unstated; how far its 512 windows overlap, ours by a third
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     count = min(images or len(data.pairs[split]), len(data.pairs[split]))
     dataset = EvalImages(data, split, base, range(rank, count, processes))
@@ -185,12 +186,13 @@ def load_network(path, device="cpu"):
 
 def table(rows, classes):
     """Text table: rows of (label, parameters, scores)."""
-    lines = [f"{'':24s}{'parameters':>12s}{'mIoU':>8s}{'pixel acc.':>12s}"]
-    lines += [f"{name:24s}{count:12,d}{s['miou']:8.2f}{s['pixel_accuracy']:12.2f}" for name, count, s in rows]
-    lines += ["", f"{'IoU of each class, %':24s}" + "".join(f"{name.split()[0]:>12s}" for name, *_ in rows)]
+    wide = 2 + max(len(text) for text in [*classes, *(row[0] for row in rows), "IoU of each class, %"])
+    lines = [f"{'':{wide}}{'parameters':>12}{'mIoU':>8}{'pixel acc.':>12}"]
+    lines += [f"{name:{wide}}{count:12,d}{s['miou']:8.2f}{s['pixel_accuracy']:12.2f}" for name, count, s in rows]
+    lines += ["", f"{'IoU of each class, %':{wide}}" + "".join(f"{name.split()[0]:>12}" for name, *_ in rows)]
     for k, name in enumerate(classes):
         cells = [s["iou"][k] for *_, s in rows]
-        lines.append(f"{name[:23]:24s}" + "".join(f"{'absent':>12s}" if v is None else f"{v:12.2f}" for v in cells))
+        lines.append(f"{name:{wide}}" + "".join(f"{'absent':>12}" if v is None else f"{v:12.2f}" for v in cells))
     return "\n".join(lines)
 
 
@@ -235,7 +237,7 @@ def _overlays(args, model, state, device):
         try:
             image = Image.open(path).convert("RGB")
         except OSError as e:
-            raise InputError(f"{path}: not a readable image ({e.strerror or e})") from None
+            raise InputError(f"{path}: not a readable image ({e.strerror or e}); give another --image") from None
         small = torch.from_numpy(np.array(resize_short_side(image, state["base"]))).permute(2, 0, 1)
         window = None if args.whole else args.window or state["window"]
         logits = predict(model, small.to(device), image.size[::-1], window, args.stride or 2 * (window or 0) // 3 or None,
@@ -256,7 +258,8 @@ class _Bare(torch.nn.Module):
 
 
 def _export(args, model, state):
-    bare, side = _Bare(model.cpu()).eval(), max(64, state["window"] // 32 * 32)
+    # from 128 pixels: at 64 the last stage's 2x2 and the batch of 2 would be taken for the same unknown
+    bare, side = _Bare(model.cpu()).eval(), max(128, state["window"] // 32 * 32)
     h, w = (32 * torch.export.Dim(n, min=2, max=128) for n in "hw")
     program = torch.export.export(bare, (torch.randn(2, 3, side, side),),
                                   dynamic_shapes=({0: torch.export.Dim("b", min=1, max=64), 2: h, 3: w},))
@@ -364,8 +367,9 @@ def main():
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
     for name in ("window", "stride", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < (32 if name == "window" else 1):
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: too small")
+        least = 32 if name == "window" else 1
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.compare:
         return print(compare(args.compare, args.split))
     if not args.checkpoint:

@@ -80,6 +80,7 @@ def global_visual_loss(V_S, V_T, kl="forward"):
 
     V_S, V_T: (B,C,h,w). Summed over channels, averaged over images and positions.
     """
+    # paper: unstated; the release averages over channels too, which makes the term C times smaller
     return divergence(F.log_softmax(full(V_S), 1), F.log_softmax(full(V_T), 1), 1, kl).mean()
 
 

@@ -143,7 +143,7 @@ class Encoder(nn.Module):
             for block in getattr(self, f"block{i}"):
                 x = block(x, h, w)
             x = getattr(self, f"norm{i}")(x)
-            x = x.transpose(1, 2).reshape(len(x), -1, h, w)  # B,C_i,h,w
+            x = x.transpose(1, 2).reshape(x.shape[0], -1, h, w)  # B,C_i,h,w; len(x) would fix B in an export
             maps.append(x)
         return maps
 

@@ -171,7 +171,7 @@ def load_clip_pool(pool, path):
                              "save its visual.attnpool.* tensors with torch.save as a dict") from None
         state = torch.jit.load(path, map_location="cpu").state_dict()
     prefix = "visual.attnpool."
-    state = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)} \
+    state = {k.removeprefix(prefix): v.float() for k, v in state.items() if str(k).startswith(prefix)} \
         if isinstance(state, dict) else {}
     wanted = {k: v.shape for k, v in pool.state_dict().items() if k != "positional_embedding"}
     if {k: v.shape for k, v in state.items() if k != "positional_embedding"} != wanted \

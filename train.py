@@ -11,6 +11,7 @@ training loop. The same command again continues where it stopped; a finished run
 import argparse
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from tqdm import tqdm
 import losses
 from data import (EvalImages, InputError, Interrupted, TrainStream, command, load_checkpoint, normalise, open_dataset,
                   progress, write_atomically)
-from evaluate import evaluate, scores, strip, table, write_json
+from evaluate import evaluate, load_network, scores, strip, table, write_json
 from student import VARIANTS, Student, WithHeads, count_parameters, load_encoder
 from teacher import CHANNELS, PoolFitter, Teacher, average_precision, initialise, load_clip_pool, presence
 
@@ -36,6 +37,7 @@ from teacher import CHANNELS, PoolFitter, Teacher, average_precision, initialise
 
 RECIPES = {
     # base: short side at scale 1, training and evaluation alike; scale: range of the random resizing.
+    # paper: unstated; how its teacher was trained, and every schedule but that of Cityscapes
     # Student: AdamW 6e-5 and polynomial decay are the paper's, weight decay 0.01, warm-up 1,500 steps and
     # scale 0.5-2.0 the release's. Crop, batch, steps: the paper's for Cityscapes; the release's batch for VOC
     # (its 3,670 steps are a script's default; 40,000 are the field's); the field's for ADE20K.
@@ -59,28 +61,29 @@ RECIPES = {
                    teacher="deeplabv3_resnet10", teacher_weights="none", teacher_steps=350,
                    pool_steps=60, student="mit_nano", student_weights="none"),
 }
-# Rates: the paper's 6e-5 and the usual SGD 0.01 are for ImageNet weights; from random weights (ours) AdamW at 1e-3.
+# paper: unstated; training from random weights, for which AdamW at 1e-3 does better than the paper's 6e-5 from
+# ImageNet weights (student) and the usual SGD 0.01 (teacher)
 STUDENT_LR = {"pretrained": 6e-5, "random": 1e-3}
 TEACHER_LR = {"pretrained": 0.01, "random": 1e-3}
 
 
 def parse_options(argv=None):
     """The command line, with the recipe's values filled in. Raises InputError for values out of range."""
-    p = argparse.ArgumentParser(description="Distil a CNN teacher into a Vision Transformer student (C2VKD). "
-                                            "Defaults marked * come from the data set's recipe.")
+    p = argparse.ArgumentParser(usage="%(prog)s [options]", description="Distil a CNN teacher into a Vision Transformer student "
+                                "(C2VKD). Defaults marked * come from the data set's recipe.")
     g = p.add_argument_group("what")
     g.add_argument("--dataset", default="shapes", choices=("shapes", "ade20k", "cityscapes", "voc", "folder"), help="default shapes")
     g.add_argument("--data", metavar="DIR", help="its folder (default data/NAME)")
     g.add_argument("--method", default="c2vkd", choices=("teacher", *losses.METHODS), help="default c2vkd; teacher: stop after stage 2")
     g.add_argument("--out", default="runs", metavar="DIR", help="output folder (default runs)")
-    g.add_argument("--name", metavar="NAME", help="the run's folder (default METHOD-STUDENT-seedN); without -seedN, its row in evaluate.py --compare")
+    g.add_argument("--name", metavar="NAME", help="folder, table row (default METHOD-STUDENT-seedN)")
     g = p.add_argument_group("teacher")
     g.add_argument("--teacher", choices=CHANNELS, help="*")
     g.add_argument("--teacher-weights", metavar="W", help="* imagenet | none | voc (a finished VOC model) | FILE (our finished last.pt)")
     g.add_argument("--teacher-steps", type=int, metavar="N", help="*")
     g.add_argument("--teacher-lr", type=float, metavar="X", help="default 0.01 (SGD) from ImageNet, 0.001 (AdamW) from random weights")
     g.add_argument("--pool-steps", type=int, metavar="N", help="* steps that fit the attention pool")
-    g.add_argument("--clip", metavar="FILE", help="CLIP RN101.pt: take its attention pool instead of fitting one")
+    g.add_argument("--clip", metavar="FILE", help="take the pool of this CLIP RN101.pt, do not fit one")
     g = p.add_argument_group("student")
     g.add_argument("--student", choices=VARIANTS, help="*")
     g.add_argument("--student-weights", metavar="W", help="* imagenet | none | FILE")
@@ -95,7 +98,7 @@ def parse_options(argv=None):
     g.add_argument("--base", type=int, metavar="PIXELS", help="* short side of the images at scale 1")
     g.add_argument("--warmup", type=int, metavar="N", help="* steps of linear warm-up (a tenth of a shorter stage)")
     g = p.add_argument_group("machine")
-    g.add_argument("--gpus", type=int, metavar="N", help="GPUs of this machine (default 1 if there is one, else 0: the CPU)")
+    g.add_argument("--gpus", type=int, metavar="N", help="default 1 if there is one, else 0: the CPU")
     g.add_argument("--workers", type=int, metavar="N", help="loader processes (default 8 a GPU, 0 on a CPU)")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     g.add_argument("--deterministic", action="store_true", help="bitwise repeatable on CUDA, slower")
@@ -103,8 +106,8 @@ def parse_options(argv=None):
     g = p.add_argument_group("reports")
     g.add_argument("--log-every", type=int, default=20, metavar="N", help="steps a row of log.csv (default 20)")
     g.add_argument("--report-every", type=int, default=200, metavar="N", help="steps between gradient norms (default 200)")
-    g.add_argument("--val-every", type=int, metavar="N", help="steps between validations (default a quarter of the stage)")
-    g.add_argument("--val-images", type=int, default=200, metavar="N", help="images of those, at most (default 200; the last one takes all)")
+    g.add_argument("--val-every", type=int, metavar="N", help="steps between validations (default a quarter of all)")
+    g.add_argument("--val-images", type=int, default=200, metavar="N", help="images of those (default 200; the last one takes all)")
     args = p.parse_args(argv)
 
     if args.gpus is None:
@@ -145,6 +148,8 @@ def term_weights(args):
         name, _, value = item.partition("=")
         try:
             weights[{n: n for n in weights}[name]] = float(value)
+            if not math.isfinite(float(value)):
+                raise ValueError
         except (KeyError, ValueError):
             raise InputError(f"--weights {item}: {args.method} takes {' '.join(f'{n}=NUMBER' for n in weights)}"
                              + (" or the word released" if args.method == "c2vkd" else "")) from None
@@ -318,13 +323,14 @@ def run_stage(stage, args, data):
         with precision(args, eager=report):
             terms = stage.terms(images, labels)  # teacher, student, losses
             loss = losses.total_loss(terms, stage.weights)
-        norms = gradient_norms(terms, stage.encoder) if report else {}
+        norms = gradient_norms(terms, stage.encoder, args.processes) if report else {}
         stage.optimizer.zero_grad()
         loss.backward()
         stage.optimizer.step()
 
         step += 1
-        pending.append((step, list(names), torch.stack([t.detach().float() for t in terms.values()]), norms))
+        values = losses.all_sum(torch.stack([t.detach().float() for t in terms.values()])) / args.processes
+        pending.append((step, list(names), values, norms))
         stop = Stop.agreed(step, args)
         validate = step % (args.val_every or -(-stage.steps // 4)) == 0 or step == stage.steps
         keep = validate or stop or time.monotonic() - saved > 60
@@ -384,23 +390,26 @@ def precision(args, eager=False):
     return torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.gpus))
 
 
-def gradient_norms(terms, encoder):
-    """L2 norm of each unweighted term's gradient in the student's encoder."""
+def gradient_norms(terms, encoder, processes=1):
+    """L2 norm of each unweighted term's gradient in the student's encoder; gradients are averaged over processes."""
     parameters = list(encoder.parameters())
     norms = {}
     for name, term in terms.items():
         grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        norms[name] = sum(g.float().square().sum() for g in grads if g is not None).sqrt().item()
+        flat = torch.cat([losses.full(g).flatten() for g in grads if g is not None])
+        norms[name] = losses.all_sum(flat).norm().item() / processes
     return norms
 
 
 def check_finite(pending, stage, names):
     """Stop before a non-finite step reaches a checkpoint, with every term and the files of its batch."""
-    for step, files, values, _ in pending:
-        if not torch.isfinite(values).all():
-            listed = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, values.tolist()))
-            raise InputError(f"{stage.name}, step {step}: a loss is not finite ({listed}); batch: {' '.join(files)}; "
-                             f"{stage.folder / 'last.pt'} is intact; lower --lr or --teacher-lr, or look at these files")
+    bad = [p for p in pending if not p[2].isfinite().all()]
+    if not bad and not all(p.isfinite().all() for p in stage.module.parameters()):
+        bad = pending[-1:]
+    for step, files, values, _ in bad:
+        listed = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, values.tolist()))
+        raise InputError(f"{stage.name}, step {step}: a loss or its gradient is not finite ({listed}); batch: {' '.join(files)}; "
+                         f"{stage.folder / 'last.pt'} is intact; lower --lr or --teacher-lr, or look at these files")
 
 
 class Log:
@@ -538,15 +547,14 @@ class Stop:
 
 def finished_teacher(args, data):
     """The frozen teacher of --teacher-weights FILE or voc, or of its own folder once trained; its state or None."""
-    teacher = Teacher(args.teacher, len(data.classes))
     if args.teacher_weights == "voc":
+        teacher = Teacher(args.teacher, len(data.classes))
         initialise(teacher, args.teacher, "voc")
     elif args.teacher_weights not in ("imagenet", "none"):
-        state = load_checkpoint(args.teacher_weights, ("network", "name", "classes"))
+        teacher, state = load_network(args.teacher_weights)
         if state["name"] != args.teacher or state["classes"] != data.classes:
             raise InputError(f"{args.teacher_weights}: holds {state['name']} with {len(state['classes'])} classes, wanted "
                              f"{args.teacher} with these {len(data.classes)}; give --teacher, or the checkpoint of this data")
-        teacher.load_state_dict(state["network"])
     else:
         return None
     return teacher.to(args.device, memory_format=torch.channels_last).freeze()
@@ -641,7 +649,7 @@ def train(args):
     print_main(args, f"teacher {args.teacher}: val mIoU {teacher_result['miou']:.2f}")
 
     pool = finished_pool(args, data, teacher) if args.method in ("c2vkd", "teacher") else None
-    rows = [(f"teacher {args.teacher.removeprefix('deeplabv3_')}"[:23], count_parameters(teacher), teacher_result)]
+    rows = [(f"teacher {args.teacher}", count_parameters(teacher), teacher_result)]
     folder = teacher_folder(args)
 
     if args.method != "teacher":
@@ -743,7 +751,7 @@ def main():
     try:
         train(args)
     except RuntimeError as e:
-        if "DataLoader worker" in str(e) and "exited unexpectedly" in str(e):
+        if "DataLoader worker" in str(e):
             raise InputError("a loader process died (out of memory?): run the same command again with fewer --workers") from None
         raise
     finally:

@@ -1,0 +1,381 @@
+"""Every loader on tiny files in its true layout, label maps, the training stream, `shapes`, downloads, the check."""
+import hashlib
+import http.server
+import io
+import os
+import socket
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import IGNORE, InputError, TrainStream, draw_shapes, open_dataset, voc_palette
+
+REAL = os.environ.get("C2VKD_SAMPLES")  # a folder with ade20k/ and voc/, some pairs of their val splits
+
+
+def put(path, pixels, palette=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(pixels, np.uint8))
+    if palette:
+        image.putpalette([c for rgb in palette for c in rgb])
+    image.save(path)
+
+
+def grey(label):
+    return np.full((*np.shape(label), 3), 90)
+
+
+def put_folder(root, labels, classes="road 128 64 128\ntraffic light 250 170 30\nsky 70 130 180\n", image=grey):
+    """A `folder` data set: every split holds `labels`."""
+    for split in ("train", "val"):
+        for i, label in enumerate(labels):
+            put(root / "images" / split / f"{i}.png", image(np.asarray(label)))
+            put(root / "labels" / split / f"{i}.png", label)
+    (root / "classes.txt").write_text(classes)
+    return root
+
+
+# ---------------------------------------------------------------- layouts and label maps
+
+def put_ade20k(root, label):
+    folder = root / "ADEChallengeData2016"
+    for split, stem in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
+        put(folder / "images" / split / f"{stem}.jpg", np.full(np.shape(label), 90))  # some are grey: mode L
+        put(folder / "annotations" / split / f"{stem}.png", label)
+    rows = [f"{k} \t0.1\t9\t9\tthing {k} , second name, third\n" for k in range(1, 151)]
+    (folder / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + "".join(rows))
+    return root
+
+
+def test_ade20k_turns_0_into_ignore_and_k_into_k_minus_1(tmp_path):
+    ade = open_dataset("ade20k", put_ade20k(tmp_path, [range(151)]))
+    image, label = ade.read("val", 0)
+    assert label[0].tolist() == [IGNORE, *range(150)]
+    assert image.mode == "RGB"
+    assert [p.name for p in ade.pairs["train"][0]] == ["ADE_train_00000001.jpg", "ADE_train_00000001.png"]
+    assert ade.classes == [f"thing {k}" for k in range(1, 151)]
+    assert len(set(ade.palette)) == 150
+
+
+@pytest.mark.parametrize("value", (151, 255))
+def test_ade20k_refuses_values_above_150(tmp_path, value):
+    with pytest.raises(InputError, match=rf"{value} \(1 pixels\)"):
+        open_dataset("ade20k", put_ade20k(tmp_path, [[1, value]])).read("val", 0)
+
+
+def test_cityscapes_maps_the_34_label_ids(tmp_path):
+    for split, city in (("train", "aachen"), ("train", "ulm"), ("val", "munster")):
+        stem = f"{city}_000001_000019"
+        put(tmp_path / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", grey([range(34)]))
+        put(tmp_path / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png", [range(34)])
+        put(tmp_path / "gtFine" / split / city / f"{stem}_gtFine_instanceIds.png", [range(34)])
+    city = open_dataset("cityscapes", tmp_path)
+    i = IGNORE
+    assert city.read("val", 0)[1][0].tolist() == [
+        i, i, i, i, i, i, i, 0, 1, i, i, 2, 3, 4, i, i, i, 5, i, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, i, i, 16, 17, 18]
+    assert len(city.pairs["train"]) == 2
+    assert (len(city.classes), city.classes[0], city.classes[6], city.classes[18]) == (19, "road", "traffic light", "bicycle")
+    assert (city.palette[0], city.palette[13]) == ((128, 64, 128), (0, 0, 142))
+    assert city.lut[34] == city.lut[255] == -1
+
+
+def put_voc(root, augmented):
+    folder = root / "VOCdevkit" / "VOC2012"
+    lists = folder / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    indices = [[*range(21), 255]]
+    for stem, split in (("2007_000001", "train"), ("2007_000002", "val"), ("2008_000003", "trainaug")):
+        put(folder / "JPEGImages" / f"{stem}.jpg", grey(indices))
+        if split != "trainaug":
+            put(folder / "SegmentationClass" / f"{stem}.png", indices, voc_palette(256))
+        if augmented:  # plain grey indices, as they are in circulation
+            put(folder / "SegmentationClassAug" / f"{stem}.png", indices)
+        (lists / f"{split}.txt").write_text(f"{stem}\n")
+    if augmented:
+        lines = (f"/JPEGImages/{stem}.jpg /SegmentationClassAug/{stem}.png\n" for stem in ("2007_000001", "2008_000003"))
+        (lists / "trainaug.txt").write_text("".join(lines))
+    return root
+
+
+@pytest.mark.parametrize("augmented", (False, True))
+def test_voc_reads_palette_indices_and_takes_trainaug_where_it_is(tmp_path, augmented):
+    voc = open_dataset("voc", put_voc(tmp_path, augmented))
+    assert [image.stem for image, _ in voc.pairs["train"]] == ["2007_000001", "2008_000003"][:1 + augmented]
+    assert {label.parent.name for _, label in voc.pairs["train"]} == {"SegmentationClass" + "Aug" * augmented}
+    assert [label.parent.name for _, label in voc.pairs["val"]] == ["SegmentationClass"]
+    for split in ("train", "val"):
+        assert voc.read(split, 0)[1][0].tolist() == [*range(21), 255]
+    assert (len(voc.classes), voc.classes[0], voc.classes[20]) == (21, "background", "tvmonitor")
+
+
+def test_voc_palette_is_the_known_one():
+    assert voc_palette(22) == [
+        (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128),
+        (64, 0, 0), (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128), (64, 128, 128), (192, 128, 128),
+        (0, 64, 0), (128, 64, 0), (0, 192, 0), (128, 192, 0), (0, 64, 128), (128, 64, 128)]
+    assert voc_palette(256)[255] == (224, 224, 192)
+
+
+def test_folder_reads_classes_and_labels(tmp_path):
+    camvid = ("sky 128 128 128\nbuilding 128 0 0\npole 192 192 128\nroad 128 64 128\npavement 60 40 222\ntree 128 128 0\n"
+              "sign symbol 192 128 128\nfence 64 64 128\ncar 64 0 128\npedestrian 64 64 0\nbicyclist 0 128 192\n")
+    folder = open_dataset("folder", put_folder(tmp_path, [[[*range(11), 255]]], camvid))
+    assert folder.read("train", 0)[1][0].tolist() == [*range(11), 255]
+    assert (folder.classes[6], folder.palette[6], len(folder.classes)) == ("sign symbol", (192, 128, 128), 11)
+    assert folder.pairs["test"] == []
+    put(tmp_path / "labels" / "train" / "0.png", [[0] * 9 + [11] * 3])  # CamVid's own "unlabelled"
+    with pytest.raises(InputError, match=r"outside the 11 classes: 11 \(3 pixels\)"):
+        folder.read("train", 0)
+
+
+@pytest.mark.skipif(not REAL, reason="C2VKD_SAMPLES names no folder")
+@pytest.mark.parametrize("name", ("ade20k", "voc"))
+def test_real_samples_are_read(name):
+    real = {"ade20k": data._ade20k, "voc": data._voc}[name](Path(REAL) / name)
+    assert real.pairs["val"]
+    for index, (_, path) in enumerate(real.pairs["val"]):
+        image, label = real.read("val", index)
+        raw = np.asarray(Image.open(path)).astype(int)
+        assert np.array_equal(label, np.where(raw == 0, 255, raw - 1) if name == "ade20k" else raw)
+        assert image.size == label.shape[::-1]
+    assert (real.classes[0], real.classes[-1]) == {"ade20k": ("wall", "flag"), "voc": ("background", "tvmonitor")}[name]
+
+
+# ---------------------------------------------------------------- the training stream
+
+COLOURS = np.array([(250, 0, 0), (0, 250, 0), (0, 0, 250)], np.uint8)
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    """Five pictures of 40 x 56 whose colour tells the label: random blocks of 8 pixels."""
+    labels = np.random.default_rng(0).integers(0, 3, (5, 5, 7)).repeat(8, 1).repeat(8, 2)
+    return open_dataset("folder", put_folder(tmp_path, labels, image=lambda label: COLOURS[label]))
+
+
+def same(items, others):
+    return all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2] for a, b in zip(items, others, strict=True))
+
+
+def test_an_item_depends_on_seed_and_position_alone(blocks):
+    stream = TrainStream(blocks, 3, 40, 32, (0.5, 2.0), 20)
+    items = [stream[p] for p in range(12)]
+    assert same([TrainStream(blocks, 3, 40, 32, (0.5, 2.0), 99)[p] for p in reversed(range(12))], items[::-1])
+    assert not same([TrainStream(blocks, 4, 40, 32, (0.5, 2.0), 20)[p] for p in range(12)], items)
+    assert not same(items[:5], items[5:10])
+
+
+def test_the_number_of_workers_changes_nothing(blocks):
+    stream = TrainStream(blocks, 3, 40, 32, (0.5, 2.0), 6)
+    alone, two = (list(torch.utils.data.DataLoader(stream, 2, num_workers=n)) for n in (0, 2))
+    assert same(two, alone)
+
+
+def test_every_epoch_is_a_permutation(blocks):
+    names = [item[2] for item in map(TrainStream(blocks, 0, 40, 32, (1, 1), 20).__getitem__, range(20))]
+    epochs = [names[i:i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(e) == sorted(str(image) for image, _ in blocks.pairs["train"]) for e in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+
+
+def test_a_crop_larger_than_the_image_is_padded_with_ignore_and_the_mean_colour(blocks):
+    image, label, _ = TrainStream(blocks, 0, 40, 64, (1, 1), 1)[0]
+    inside = torch.zeros(64, 64, dtype=torch.bool)
+    mirrored = label[0, 0] == IGNORE
+    inside[:40, 8:] = mirrored
+    inside[:40, :56] |= ~mirrored
+    assert torch.equal(label != IGNORE, inside)
+    assert image[:, ~inside].unique(dim=1).flatten().tolist() == list(data.MEAN_COLOUR)
+
+
+def test_image_and_label_are_cropped_and_flipped_together(blocks):
+    orientations = set()
+    for position in range(20):
+        image, label, name = TrainStream(blocks, 0, 40, 40, (1, 1), 20)[position]
+        assert np.array_equal(image.numpy().transpose(1, 2, 0), COLOURS[label])
+        whole = np.asarray(Image.open(name.replace("images", "labels")))
+        found = {turn for turn in (1, -1) for x in range(17) if np.array_equal(whole[:, x:x + 40][:, ::turn], label)}
+        assert len(found) == 1
+        orientations |= found
+    assert orientations == {1, -1}
+
+
+def test_image_and_label_are_scaled_together(blocks):
+    for position in range(10):
+        image, label, _ = TrainStream(blocks, 0, 40, 48, (0.5, 2.0), 10)[position]
+        inside = label != IGNORE
+        assert (image.argmax(0) == label)[inside].float().mean() > 0.9  # they differ at edges between blocks alone
+
+
+# ---------------------------------------------------------------- shapes
+
+def test_shapes_are_a_function_of_seed_and_index():
+    drawn = [[np.asarray(part).tobytes() for part in draw_shapes(*key)] for key in ((0, 7), (0, 7), (0, 8), (1, 7))]
+    assert drawn[0] == drawn[1]
+    assert len({image for image, _ in drawn}) == 3
+
+
+def test_shapes_hold_every_class_and_an_ignored_border():
+    labels = np.stack([np.asarray(draw_shapes(0, i)[1]) for i in range(40)])
+    assert len(data.SHAPES) >= 8
+    assert set(np.unique(labels)) == {*range(len(data.SHAPES)), IGNORE}
+    assert 0.01 < (labels == IGNORE).mean() < 0.2
+
+
+def test_shapes_are_drawn_once_and_read_as_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 3, "val": 2, "test": 1})
+    shapes = open_dataset("shapes", tmp_path / "a")
+    assert {s: len(p) for s, p in shapes.pairs.items()} == data.SHAPES_COUNT
+    image, label = shapes.read("train", 2)
+    drawn = draw_shapes(0, 2)
+    assert np.array_equal(image, drawn[0]) and np.array_equal(label, drawn[1])
+    monkeypatch.setattr(data, "draw_shapes", None)  # a second call would fail to draw
+    assert open_dataset("shapes", tmp_path / "a").classes == data.SHAPES
+
+
+# ---------------------------------------------------------------- downloads
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(body, bad): a server on this machine whose first `bad` transfers end early; returns the count of transfers."""
+    servers = []
+
+    def start(body, bad=0, digest=None, name="voc.zip"):
+        transfers = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                transfers.append(self.path)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                cut = (len(transfers) + 1) // 2 <= bad  # a download is two requests, the first asks for the size
+                self.wfile.write(body[:len(body) // 2] if cut else body)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.handle_error = lambda *_: None  # the client hangs up once it knows the size
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+        monkeypatch.setenv("no_proxy", "*")
+        url = f"http://127.0.0.1:{server.server_port}/{name}"
+        monkeypatch.setitem(data.DOWNLOADS, "voc", (url, "md5", digest or hashlib.md5(body).hexdigest(), "VOCdevkit"))
+        return lambda: len(transfers) // 2
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def packed(tmp_path, name="voc.zip", extra=None):
+    """A small VOC as an archive, with one extra member: a name, or a name and where it links to."""
+    source = put_voc(tmp_path / "source", False)
+    files = [p for p in source.rglob("*") if p.is_file()]
+    body = io.BytesIO()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(body, "w") as z:
+            for p in files:
+                z.write(p, p.relative_to(source))
+            if extra:
+                member = zipfile.ZipInfo(extra[0])
+                member.external_attr = (0o120777 if extra[1:] else 0o100644) << 16
+                z.writestr(member, extra[-1])
+        return body.getvalue()
+    with tarfile.open(fileobj=body, mode="w") as t:
+        for p in files:
+            t.add(p, p.relative_to(source))
+        if extra:
+            member = tarfile.TarInfo(extra[0])
+            member.type, member.linkname = (tarfile.SYMTYPE, extra[1]) if extra[1:] else (tarfile.REGTYPE, "")
+            t.addfile(member)
+    return body.getvalue()
+
+
+@pytest.mark.parametrize("name", ("voc.zip", "voc.tar"))
+def test_a_download_is_unpacked_and_nothing_else_is_left(tmp_path, serve, name):
+    count = serve(packed(tmp_path, name), name=name)
+    assert len(open_dataset("voc", tmp_path / "voc").pairs["train"]) == 1
+    assert [p.name for p in (tmp_path / "voc").iterdir()] == ["VOCdevkit"]
+    assert open_dataset("voc", tmp_path / "voc") and count() == 1
+
+
+def test_a_truncated_download_is_tried_again(tmp_path, serve, capsys):
+    count = serve(packed(tmp_path), bad=1)
+    open_dataset("voc", tmp_path / "voc")
+    assert count() == 2
+    assert "deleted, trying once more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ("truncated twice", "another file"))
+def test_a_download_that_is_wrong_twice_leaves_nothing(tmp_path, serve, capsys, fault):
+    count = serve(packed(tmp_path), bad=2) if fault == "truncated twice" else serve(packed(tmp_path), digest="0" * 32)
+    with pytest.raises(InputError, match="voc.zip: the md5 was wrong twice; get it elsewhere"):
+        open_dataset("voc", tmp_path / "voc")
+    assert count() == 2
+    assert capsys.readouterr().out.count(": deleted") == 2
+    assert list((tmp_path / "voc").iterdir()) == []
+
+
+@pytest.mark.parametrize("server", ("none", "not one of the web"))
+def test_an_address_that_does_not_answer_properly_is_an_input_error(tmp_path, monkeypatch, server):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        if server != "none":
+            s.listen()
+            threading.Thread(target=lambda: s.accept()[0].sendall(b"220 mail\r\n"), daemon=True).start()
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setitem(data.DOWNLOADS, "voc", (f"http://127.0.0.1:{s.getsockname()[1]}/voc.zip", "md5", "", "VOCdevkit"))
+        with pytest.raises(InputError, match="(?s)voc.zip: cannot download it .*; get it elsewhere and unpack it in"):
+            open_dataset("voc", tmp_path / "voc")
+
+
+@pytest.mark.parametrize("name", ("voc.zip", "voc.tar"))
+@pytest.mark.parametrize("extra", (("VOCdevkit/../../evil",), ("/evil",), ("VOCdevkit/link", "/etc")), ids=("up", "absolute", "link"))
+def test_an_archive_that_leads_outside_is_refused_before_it_is_unpacked(tmp_path, serve, name, extra):
+    serve(packed(tmp_path, name, extra), name=name)
+    with pytest.raises(InputError, match="refused, its member .* is a link or leads outside"):
+        open_dataset("voc", tmp_path / "voc")
+    assert [p.name for p in (tmp_path / "voc").iterdir()] == [name]
+    assert not list(tmp_path.glob("evil*"))
+
+
+# ---------------------------------------------------------------- data.py --check
+
+def run_check(root, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["data.py", "--check", "--dataset", "folder", "--data", str(root)])
+    code = 0
+    try:
+        data.command(data.main)
+    except SystemExit as e:
+        code = e.code
+    out, err = capsys.readouterr()
+    return code, out, err.splitlines()[-1]
+
+
+def test_check_lists_every_fault_and_returns_2(tmp_path, monkeypatch, capsys):
+    root = put_folder(tmp_path, [np.zeros((8, 8))] * 6)
+    assert run_check(root, monkeypatch, capsys)[:2] == (0, "train: 6 images, val: 6 images, test: 0 images, 3 classes, 0 faulty\n")
+    (root / "labels" / "train" / "0.png").unlink()
+    (root / "labels" / "val" / "1.png").unlink()
+    put(root / "labels" / "train" / "2.png", np.zeros((8, 9)))
+    put(root / "labels" / "train" / "3.png", np.full((8, 8), 3))
+    put(root / "labels" / "train" / "4.png", np.zeros((8, 8, 3)))
+    image = root / "images" / "val" / "5.png"
+    image.write_bytes(image.read_bytes()[:50])
+    code, out, last = run_check(root, monkeypatch, capsys)
+    assert code == 2
+    for path, fault in (("labels/train/0.png", "no such file"), ("labels/val/1.png", "no such file"), ("labels/train/2.png", "9x8"),
+                        ("labels/train/3.png", "3 (64 pixels)"), ("labels/train/4.png", "mode RGB"), ("images/val/5.png", "truncated")):
+        assert [line for line in out.splitlines() if path in line and fault in line], path
+    assert last == "error: 6 faulty files are listed above; mend or remove them"

@@ -1,0 +1,517 @@
+"""Bad input is one line with a remedy; a run stopped or killed at any moment continues to the same bits."""
+import csv
+import errno
+import hashlib
+import itertools
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+from collections import OrderedDict
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
+
+import data
+import evaluate
+import losses
+import student
+import teacher
+import train
+from data import InputError, Interrupted
+
+# children come from a server that imported torch once and never ran it: after a backward pass or OpenMP, a fork may hang
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train"])
+RESNET10, ANNOUNCE = teacher._resnet10, train.announce
+
+
+def small_net(classes):
+    """In place of ResNet-10: BatchNorm and Dropout as there, and a checkpoint that is quick to write."""
+    net = nn.Module()
+    layers = OrderedDict(conv=nn.Conv2d(3, 512, 8, 8, bias=False), bn=nn.BatchNorm2d(512), relu=nn.ReLU())
+    net.backbone = IntermediateLayerGetter(nn.Sequential(layers), {"relu": "out"})
+    net.classifier = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(512, 256, 1), nn.Conv2d(256, classes, 1))
+    return net
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """One thread, the small teacher, no timing beforehand, pytest's own signal handlers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "_resnet10", small_net)
+        patch.setattr(train, "announce", lambda *_: None)
+        patch.setattr(train.Stop, "listen", lambda: None)
+        patch.setattr(train.Stop, "asked", False)
+        yield
+    torch.set_num_threads(threads)
+
+
+def put_folder(root, train_images=12, sides=(32, 64)):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train_images), ("val", 2)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            label = rng.integers(0, 3, (4, 4)).astype(np.uint8)
+            label = np.asarray(Image.fromarray(label).resize(rng.integers(*sides, 2, endpoint=True).tolist(), 0))
+            image = 80 * label[..., None] + rng.integers(0, 40, (*label.shape, 3))
+            Image.fromarray(image.astype(np.uint8)).save(root / "images" / split / f"{i}.jpg")
+            Image.fromarray(label).save(root / "labels" / split / f"{i}.png")
+    (root / "classes.txt").write_text("road 128 64 128\nsky 70 130 180\ncar 0 0 142\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return put_folder(tmp_path_factory.mktemp("data") / "folder")
+
+
+def options(folder, out, *more):
+    return ["--dataset", "folder", "--data", str(folder), "--out", str(out), "--gpus", "0", "--teacher", "deeplabv3_resnet10",
+            "--teacher-steps", "4", "--pool-steps", "4", "--student", "mit_nano", "--steps", "4", "--batch-size", "2", "--crop", "32",
+            "--base", "32", "--log-every", "2", "--report-every", "2", "--val-every", "3", *map(str, more)]
+
+
+def run(argv):
+    args = train.parse_options(argv)
+    args.rank, args.processes, args.device = 0, 1, torch.device("cpu")
+    train.train(args)
+
+
+def run_until(step, argv):
+    """The run is asked to stop during its step-th step, counted over all stages."""
+    steps, schedule = itertools.count(1), train.schedule
+
+    def asking(*args):
+        train.Stop.asked = next(steps) == step
+        return schedule(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "schedule", asking)
+        patch.setattr(train.Stop, "asked", False)
+        run(argv)
+
+
+def plain(value):
+    """A checkpoint's content as something == compares bit by bit."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def result(out):
+    """Everything a run left: checkpoints bit by bit, log.csv without its seconds, scores, pictures."""
+    found = {}
+    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name != "options.json"):
+        key = str(path.relative_to(out))
+        if path.suffix == ".pt":
+            found[key] = plain(torch.load(path, weights_only=True))
+        elif path.suffix == ".csv":
+            with open(path, newline="") as f:
+                found[key] = [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in csv.DictReader(f)]
+        elif path.name != "curves.png":
+            found[key] = path.read_bytes()
+    return found
+
+
+def differing(out, expected):
+    found = result(out)
+    return [key for key in sorted(found.keys() | expected.keys()) if found.get(key) != expected.get(key)]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The uninterrupted run: its folder and its result."""
+    out = tmp_path_factory.mktemp("whole")
+    run(options(folder, out))
+    return out, result(out)
+
+
+def error_of(main, argv, capsys):
+    """The one line that `main` shows for bad input, without its "error: "."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["x.py", *map(str, argv)])
+        data.command(main)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert "Traceback" not in "".join(lines) and sum("error: " in line for line in lines) == 1
+    assert lines[-1].startswith("error: ")
+    return lines[-1].removeprefix("error: ")
+
+
+# ---------------------------------------------------------------- children
+
+def child(argv, log, trouble):
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # loader processes get the changes below
+    teacher._resnet10, train.announce = small_net, lambda *_: None
+    trouble()
+    sys.argv = ["train.py", *argv]
+    data.command(train.main)
+
+
+def start(argv, log, trouble):
+    process = PROCESSES.Process(target=child, args=(argv, log, trouble))
+    process.start()
+    return process
+
+
+def finish(process):
+    process.join(60)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs
+    return process.exitcode
+
+
+def send_itself(number, step):
+    steps, schedule = itertools.count(1), train.schedule
+
+    def sending(*args):
+        if next(steps) == step:
+            os.kill(os.getpid(), number)
+        return schedule(*args)
+
+    train.schedule = sending
+
+
+def save_every_step():
+    train.time = SimpleNamespace(monotonic=itertools.count(0, 61).__next__)
+
+
+def die_in_step(number, seconds):
+    save_every_step()
+    steps, schedule = itertools.count(1), train.schedule
+
+    def dying(*args):
+        if next(steps) == number:
+            signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends the process wherever it is then
+        return schedule(*args)
+
+    train.schedule = dying
+
+
+def die_halfway_through_write(number):
+    save_every_step()
+    writes, fsync = itertools.count(1), os.fsync
+
+    def dying(fd):
+        if next(writes) == number:
+            os.ftruncate(fd, os.fstat(fd).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(fd)
+
+    os.fsync = dying
+
+
+def no_file_above(size):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def lose_the_loader(end):
+    read = data.TrainStream.__getitem__
+    data.TrainStream.__getitem__ = lambda self, position: end() if position == 7 else read(self, position)
+
+
+# ---------------------------------------------------------------- stop and continue
+
+def test_a_run_stopped_after_every_step_ends_as_the_whole_one(folder, tmp_path, whole):
+    stops = 0
+    while True:
+        try:
+            run_until(1, options(folder, tmp_path))
+            break
+        except Interrupted as e:
+            stops += 1
+            assert "stopped and saved at step" in str(e)
+    assert stops == 12
+    assert differing(tmp_path, whole[1]) == []
+
+
+def test_resnet10_stopped_in_each_stage_ends_as_the_whole_one_and_a_worker_changes_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "_resnet10", RESNET10)
+    few = ("--teacher-steps", 2, "--pool-steps", 2, "--steps", 2)
+    run(options(folder, tmp_path / "whole", *few))
+    for name, step in (("teacher", 1), ("pool", 2), ("student", 2)):
+        with pytest.raises(Interrupted, match=f"{name}: stopped"):
+            run_until(step, options(folder, tmp_path / "parts", *few, "--workers", 1))
+    run(options(folder, tmp_path / "parts", *few, "--workers", 1))
+    assert differing(tmp_path / "parts", result(tmp_path / "whole")) == []
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_student(folder, tmp_path, whole):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "announce", ANNOUNCE)  # which leaves no trace
+        run(options(folder, tmp_path))
+    assert differing(tmp_path, whole[1]) == []
+    run(options(folder, tmp_path, "--seed", 1))
+    first, second = (plain(torch.load(tmp_path / "folder" / f"c2vkd-mit_nano-seed{seed}" / "last.pt"))["module"] for seed in (0, 1))
+    assert first.keys() == second.keys() and first != second
+
+
+def test_a_finished_run_prints_its_table_and_changes_nothing(folder, whole, capsys):
+    run(options(folder, whole[0]))
+    assert "student c2vkd mit_nano" in capsys.readouterr().out
+    assert differing(*whole) == []
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_saves_and_ends_with_130(folder, tmp_path, whole, number):
+    argv = options(folder, tmp_path / "runs")
+    assert finish(start(argv, tmp_path / "log", partial(send_itself, number, 7))) == 130
+    assert "pool: stopped and saved at step 3; run the same command again" in (tmp_path / "log").read_text().splitlines()[-1]
+    run(argv)
+    assert differing(tmp_path / "runs", whole[1]) == []
+
+
+def test_a_chain_of_kills_ends_as_the_whole_run(folder, tmp_path, whole):
+    argv, chance, kills = options(folder, tmp_path / "runs"), random.Random(0), 0
+    for attempt in range(14):
+        trouble = partial(die_halfway_through_write, chance.randint(1, 5)) if attempt % 2 else \
+            partial(die_in_step, chance.randint(1, 3), chance.uniform(0.001, 0.1))
+        code = finish(start(argv, tmp_path / "log", trouble))
+        for path in (tmp_path / "runs").rglob("*.pt"):
+            data.load_checkpoint(path, ("network",) if path.name == "best.pt" else ("step", "module"))
+        if code == 0:  # it came to its end first: once more from the start
+            assert differing(tmp_path / "runs", whole[1]) == []
+            shutil.rmtree(tmp_path / "runs")
+        else:
+            assert code in (-signal.SIGKILL, -signal.SIGALRM), (tmp_path / "log").read_text()
+            kills += 1
+    print("KILLS", kills)
+    assert kills >= 7
+    run(argv)
+    assert differing(tmp_path / "runs", whole[1]) == []
+
+
+@pytest.mark.parametrize("change, found", (
+    ("--lr 0.5", "lr (there 0.001, here 0.5)"), ("--steps 6", "steps (there 4, here 6)"),
+    ("--method ce --name c2vkd-mit_nano-seed0", "method (there c2vkd, here ce)"),
+    ("--seed 1 --name c2vkd-mit_nano-seed0", "seed (there 0, here 1)"), ("--kl reverse", "kl (there forward, here reverse)"),
+    ("--weights gb=2", "'gb': 2.0"), ("--teacher-lr 0.5", "teacher_lr (there 0.001, here 0.5)"),
+    ("--teacher-steps 6", "teacher_steps (there 4, here 6)"), ("--pool-steps 6", "pool_steps (there 4, here 6)"),
+    ("--batch-size 4", "batch_size (there 2, here 4)"), ("--crop 64", "crop (there 32, here 64)"),
+    ("--base 40", "base (there 32, here 40)")))
+def test_a_folder_of_another_experiment_is_refused_and_kept(folder, whole, capsys, change, found):
+    message = error_of(train.main, options(folder, whole[0], *change.split()), capsys)
+    assert found in message and "last.pt: from a different experiment" in message and "choose another --out or --name" in message
+    assert differing(*whole) == []
+
+
+# ---------------------------------------------------------------- trouble on the way
+
+@pytest.mark.parametrize("loss, shown", ((lambda V_S, V_T: V_S.sum() * torch.nan, "pc nan"),
+                                         (lambda V_S, V_T: (0 * V_S).sum().sqrt(), "pc 0")), ids=("loss", "gradient"))
+def test_what_is_not_finite_stops_the_run_with_terms_and_files_and_keeps_the_checkpoint(
+        folder, tmp_path, whole, monkeypatch, capsys, loss, shown):
+    argv = options(folder, tmp_path)
+    with pytest.raises(Interrupted):
+        run_until(9, argv)
+    path = tmp_path / "folder" / "c2vkd-mit_nano-seed0" / "last.pt"
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "patch_loss", loss)
+        message = error_of(train.main, argv, capsys)
+    stream = train.loader(train.argparse.Namespace(**vars(train.parse_options(argv)), rank=0, processes=1),
+                          data.open_dataset("folder", folder), 0, 1, 2)
+    for word in ("student, step 2", "pdd ", "gb ", shown, "lc ", *next(iter(stream))[2], f"{path} is intact", "lower --lr"):
+        assert word in message
+    assert path.read_bytes() == before
+    run(argv)
+    assert differing(tmp_path, whole[1]) == []
+
+
+@pytest.mark.parametrize("end", (partial(os._exit, 1), partial(signal.raise_signal, signal.SIGKILL)), ids=("exit", "kill"))
+def test_a_loader_process_that_dies_ends_the_run_with_one_line(folder, tmp_path, end):
+    process = start(options(folder, tmp_path / "runs", "--workers", 2), tmp_path / "log", partial(lose_the_loader, end))
+    assert finish(process) == 2
+    text = (tmp_path / "log").read_text()
+    assert text.splitlines()[-1].startswith("error: a loader process died") and "fewer --workers" in text and "Traceback" not in text
+
+
+def test_a_fault_met_by_a_loader_process_is_one_clean_line(folder, tmp_path, capsys):
+    bad = put_folder(tmp_path / "data", 2)
+    (bad / "labels" / "train" / "1.png").write_bytes(b"")
+    message = error_of(train.main, options(bad, tmp_path, "--workers", 1), capsys)
+    assert message.startswith(f"{bad}/labels/train/1.png: truncated or not an image") and message.endswith("get it again")
+
+
+@pytest.mark.parametrize("place", ("fsync", "file size"))
+def test_a_full_disk_is_one_line_and_the_run_continues_once_there_is_space(folder, tmp_path, whole, monkeypatch, capsys, place):
+    argv = options(folder, tmp_path / "runs")
+    with pytest.raises(Interrupted):
+        run_until(2, argv)
+    before = (tmp_path / "runs" / "folder" / "teacher-deeplabv3_resnet10" / "last.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if place == "file size":  # the system itself refuses, halfway through torch.save
+        assert finish(start(argv, tmp_path / "log", partial(no_file_above, 100_000))) == 2
+        message = (tmp_path / "log").read_text().splitlines()[-1]
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            message = error_of(train.main, argv, capsys)
+        assert "No space left on device" in message
+    assert f"{tmp_path}/runs/folder/teacher-deeplabv3_resnet10/" in message and "free some space" in message
+    assert (tmp_path / "runs" / "folder" / "teacher-deeplabv3_resnet10" / "last.pt").read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
+    run(argv)
+    assert differing(tmp_path / "runs", whole[1]) == []
+
+
+def test_images_smaller_than_the_crop_are_padded_and_trained_on(tmp_path):
+    small = put_folder(tmp_path / "data", 4, (16, 40))
+    run(options(small, tmp_path, "--crop", 64, "--teacher-steps", 1, "--pool-steps", 1, "--steps", 1))
+    state = torch.load(tmp_path / "folder" / "c2vkd-mit_nano-seed0" / "last.pt")
+    assert all(v.isfinite().all() for v in state["network"].values())
+
+
+# ---------------------------------------------------------------- bad input
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2])
+
+
+def put(path, pixels):
+    Image.fromarray(pixels).save(path)
+
+
+def put_checkpoint(path, name="mit_nano", classes=3, holds=None, **more):
+    """A finished checkpoint called `name`, holding the network `holds`."""
+    model = (student.Student if (holds or name) in student.VARIANTS else teacher.Teacher)
+    names = ["road", "sky", "car", "tree"][:classes]
+    torch.save({"name": name, "classes": names, "palette": [[0, 0, 0]] * classes, "base": 32, "window": 32, "dataset": "folder", "step": 1,
+                "data": str(path.parent), "network": model(holds or name, classes).state_dict()} | more, path)
+
+
+EVALUATE = "EVALUATE --checkpoint {d}/x.pt "
+BAD = {  # what: (how it is made in the data folder d, options, what the message holds)
+    "no data folder": (None, "--data {d}/nowhere", "{d}/nowhere: no such folder; give --data"),
+    "missing label": (lambda d: (d / "labels/train/1.png").unlink(), "", "{d}/labels/train/1.png: no such file; restore it"),
+    "label of another size": (lambda d: put(d / "labels/train/0.png", np.zeros((7, 9), np.uint8)), "",
+                              "{d}/labels/train/0.png: 9x7, but its image is|make the two the same size"),
+    "truncated JPEG": (lambda d: cut(d / "images/train/0.jpg"), "", "{d}/images/train/0.jpg: truncated|get it again"),
+    "truncated PNG": (lambda d: cut(d / "labels/train/1.png"), "", "{d}/labels/train/1.png: truncated|get it again"),
+    "text as image": (lambda d: (d / "images/train/0.jpg").write_text("no image"), "", "{d}/images/train/0.jpg:|not an image|get it again"),
+    "RGB label": (lambda d: put(d / "labels/train/0.png", np.zeros((40, 40, 3), np.uint8)), "",
+                  "{d}/labels/train/0.png: mode RGB|convert it to class indices"),
+    "16-bit label": (lambda d: put(d / "labels/train/0.png", np.zeros((40, 40), np.uint16)), "",
+                     "{d}/labels/train/0.png: mode I;16|convert it to class indices"),
+    "unknown label value": (lambda d: (put(d / "labels/train/0.png", np.full((40, 50), 7, np.uint8)),
+                                       put(d / "images/train/0.jpg", np.zeros((40, 50, 3), np.uint8))), "",
+                            "{d}/labels/train/0.png:|outside the 3 classes: 7 (2000 pixels)|correct the label or add the class"),
+    "empty split": (lambda d: [p.unlink() for p in (d / "images/val").iterdir()], "", "{d}: no image of the val split|README"),
+    "no classes.txt": (lambda d: (d / "classes.txt").unlink(), "", "{d}/classes.txt: no such file; write one line a class"),
+    "classes.txt without a colour": (lambda d: (d / "classes.txt").write_text("road\nsky 1 2 3\n"), "", "{d}/classes.txt, line 1: 'road' is not"),
+    "classes.txt with 256": (lambda d: (d / "classes.txt").write_text("road 1 2 3\nsky 1 256 3\n"), "", "{d}/classes.txt, line 2:|0..255"),
+    "classes.txt with letters": (lambda d: (d / "classes.txt").write_text("road 1 2 3\nsky a b c\n"), "", "{d}/classes.txt, line 2:|0..255"),
+    "classes.txt with an empty line": (lambda d: (d / "classes.txt").write_text("a 1 2 3\n\nb 1 2 3\n"), "", "{d}/classes.txt, line 2: ''"),
+    "classes.txt in another encoding": (lambda d: (d / "classes.txt").write_bytes(b"\xff\xfe\n"), "", "{d}/classes.txt, line 1:|name R G B"),
+    "one class": (lambda d: (d / "classes.txt").write_text("road 1 2 3\n"), "", "{d}/classes.txt: 1 classes; 2 to 255"),
+    "no class": (lambda d: (d / "classes.txt").write_text(""), "", "{d}/classes.txt: 0 classes; 2 to 255"),
+    "crop below 32": (None, "--crop 31", "--crop 31: must be at least 32"),
+    "batch of one": (None, "--batch-size 1", "--batch-size 1: must be at least 2"),
+    "no steps": (None, "--steps 0", "--steps 0: must be at least 1"),
+    "negative seed": (None, "--seed -1", "--seed -1: must be at least 0"),
+    "negative workers": (None, "--workers -1", "--workers -1: must be at least 0"),
+    "validation every 0 steps": (None, "--val-every 0", "--val-every 0: must be at least 1"),
+    "rate 0": (None, "--lr 0", "--lr and --teacher-lr must be above 0"),
+    "rate nan": (None, "--teacher-lr nan", "--lr and --teacher-lr must be above 0"),
+    "unknown term": (None, "--weights xx=1", "--weights xx=1: c2vkd takes pdd=NUMBER"),
+    "term of another method": (None, "--method kd --weights gb=1", "--weights gb=1: kd takes ce=NUMBER kd=NUMBER"),
+    "weight that is no number": (None, "--weights gb=much", "--weights gb=much: c2vkd takes pdd=NUMBER"),
+    "weight nan": (None, "--weights gb=nan", "--weights gb=nan: c2vkd takes pdd=NUMBER"),
+    "no GPU": (None, "--gpus 1", "--gpus 1: 0 CUDA devices found; use --gpus 0"),
+    "VOC's teacher on other data": (None, "--teacher-weights voc", "--teacher-weights voc:|use imagenet, none or a FILE"),
+    "no ImageNet weights for the teacher": (None, "--teacher-weights imagenet", "deeplabv3_resnet10 has no published weights: use"),
+    "no ImageNet weights for the student": (None, "--student-weights imagenet", "mit_nano has no published ImageNet weights: use"),
+    "missing student weights": (None, "--student-weights {d}/no.pt", "{d}/no.pt: no such file; give"),
+    "student weights of another network": (lambda d: torch.save({"w": torch.zeros(1)}, d / "x.pt"), "--student-weights {d}/x.pt",
+                                           "{d}/x.pt: not the encoder of mit_nano|give --student the variant"),
+    "student weights in a checkpoint": (lambda d: put_checkpoint(d / "x.pt"), "--student-weights {d}/x.pt", "{d}/x.pt: not a plain state dict"),
+    "missing teacher": (None, "--teacher-weights {d}/no.pt", "{d}/no.pt: no such file; give"),
+    "teacher of another architecture": (lambda d: put_checkpoint(d / "x.pt"), "--teacher-weights {d}/x.pt", "{d}/x.pt: holds mit_nano|give --teacher"),
+    "teacher of other classes": (lambda d: put_checkpoint(d / "x.pt", "deeplabv3_resnet10", 4), "--teacher-weights {d}/x.pt",
+                                 "{d}/x.pt: holds deeplabv3_resnet10 with 4 classes|the checkpoint of this data"),
+    "teacher whose tensors do not fit": (lambda d: put_checkpoint(d / "x.pt", "deeplabv3_resnet10", holds="mit_nano"),
+                                         "--teacher-weights {d}/x.pt", "{d}/x.pt: its tensors do not fit"),
+    "CLIP with a small teacher": (None, "--clip {d}/no.pt", "--clip needs a ResNet teacher"),
+    "output below a file": (None, "--out {d}/classes.txt", "{d}/classes.txt/folder|check the path"),
+    "missing checkpoint": (None, EVALUATE, "{d}/x.pt: no such file; give the path of a last.pt"),
+    "empty checkpoint": (lambda d: (d / "x.pt").write_bytes(b""), EVALUATE, "{d}/x.pt: not a readable checkpoint|give another"),
+    "text as checkpoint": (lambda d: (d / "x.pt").write_text("hello\n"), EVALUATE, "{d}/x.pt: not a readable checkpoint|give another"),
+    "other dict": (lambda d: torch.save({"a": 1}, d / "x.pt"), EVALUATE, "{d}/x.pt: not a checkpoint of this project|give a last.pt"),
+    "list": (lambda d: torch.save([1], d / "x.pt"), EVALUATE, "{d}/x.pt: not a checkpoint of this project|give a last.pt"),
+    "unknown network": (lambda d: put_checkpoint(d / "x.pt", "vgg", holds="mit_nano"), EVALUATE, "{d}/x.pt: holds a network called 'vgg'"),
+    "checkpoint of another architecture": (lambda d: put_checkpoint(d / "x.pt", "mit_b0", holds="mit_nano"), EVALUATE,
+                                           "{d}/x.pt: its tensors do not fit mit_b0"),
+    "checkpoint of other classes": (lambda d: put_checkpoint(d / "x.pt", classes=4), EVALUATE, "{d}/x.pt: trained on 4 classes|give its own --data"),
+    "missing split": (lambda d: put_checkpoint(d / "x.pt"), EVALUATE + "--split test", "no test split; choose another --split"),
+    "missing image": (lambda d: put_checkpoint(d / "x.pt"), EVALUATE + "--image {d}/no.jpg --pictures {d}/p", "{d}/no.jpg: not a readable image|give another"),
+    "text as picture": (lambda d: put_checkpoint(d / "x.pt"), EVALUATE + "--image {d}/classes.txt --pictures {d}/p",
+                        "{d}/classes.txt: not a readable image|give another"),
+    "folder without images": (lambda d: put_checkpoint(d / "x.pt"), EVALUATE + "--image {d}/images --pictures {d}/p", "{d}/images: no .jpg or .png in it"),
+    "window below 32": (None, EVALUATE + "--window 8", "--window 8: must be at least 32"),
+    "no such device": (None, EVALUATE + "--device cuda", "--device cuda: no such device found; use --device cpu"),
+    "nothing to compare": (None, "EVALUATE --compare {d}", "{d}: no results-val.json below it; run train.py"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line_that_names_it_and_the_remedy(tmp_path, monkeypatch, capsys, what):
+    make, line, words = BAD[what]
+    d = put_folder(tmp_path / "data", 2)
+    if make:
+        make(d)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    few = ("--teacher-steps", 1, "--pool-steps", 1, "--steps", 1)
+    argv = line.format(d=d).split()
+    message = error_of(evaluate.main, argv[1:], capsys) if argv[:1] == ["EVALUATE"] else \
+        error_of(train.main, options(d, tmp_path / "runs", *few, *argv), capsys)
+    for word in words.format(d=d).split("|"):
+        assert word in message
+
+
+def clip(path, **shapes):
+    torch.save({f"visual.attnpool.{k}": torch.zeros(v) for k, v in shapes.items()}, path)
+
+
+@pytest.mark.parametrize("make, channels, found", (
+    (lambda p: None, 2048, "no such file; give --clip"),
+    (lambda p: p.write_bytes(b"no checkpoint"), 2048, "neither a plain state dict nor OpenAI's RN101.pt"),
+    (lambda p: torch.jit.save(torch.jit.script(nn.Linear(1, 1)), p), 2048, "neither a plain state dict nor OpenAI's RN101.pt (sha256"),
+    (lambda p: torch.save({"weight": torch.zeros(1)}, p), 2048, "are not those of CLIP RN101"),
+    (lambda p: torch.save([torch.zeros(1)], p), 2048, "are not those of CLIP RN101"),
+    (lambda p: torch.save({1: 2}, p), 2048, "are not those of CLIP RN101"),
+    (lambda p: clip(p, positional_embedding=(50, 2048), **{"c_proj.weight": (1024, 2048)}), 2048, "are not those of CLIP RN101"),
+    (lambda p: clip(p, positional_embedding=(50, 2048)), 960, "--clip needs a ResNet teacher")),
+    ids=("missing", "no checkpoint", "TorchScript", "no pool", "list", "no names", "RN50", "MobileNet"))
+def test_a_file_that_is_not_clip_rn101_is_refused(tmp_path, make, channels, found):
+    pool = SimpleNamespace(c_proj=SimpleNamespace(in_features=channels), grid=1, state_dict=lambda: {"c_proj.weight": torch.zeros(512, 2048)})
+    make(tmp_path / "RN101.pt")
+    with pytest.raises(InputError) as e:
+        teacher.load_clip_pool(pool, tmp_path / "RN101.pt")
+    assert found in str(e.value) and "\n" not in str(e.value)
+    assert channels == 960 or str(e.value).startswith(f"{tmp_path}/RN101.pt: ")

@@ -1,0 +1,420 @@
+"""Student, teacher and attention pool against the published names, counts and reference forms."""
+import math
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import models
+
+import student
+import teacher as teacher_module
+from data import InputError
+from student import VARIANTS, Attention, Block, Encoder, Student, WithHeads, count_parameters, load_encoder
+from teacher import (CHANNELS, AttentionPool, PoolFitter, Teacher, average_precision, initialise, load_clip_pool,
+                     presence)
+from train import schedule
+
+BLOCK = ("norm1", "attn.q", "attn.kv", "attn.proj", "norm2", "mlp.fc1", "mlp.dwconv.dwconv", "mlp.fc2")
+HUGGING_FACE = {"norm1": "layer_norm_1", "attn.q": "attention.self.query", "attn.proj": "attention.output.dense",
+                "attn.sr": "attention.self.sr", "attn.norm": "attention.self.layer_norm", "norm2": "layer_norm_2",
+                "mlp.fc1": "mlp.dense1", "mlp.dwconv.dwconv": "mlp.dwconv.dwconv", "mlp.fc2": "mlp.dense2"}
+
+
+def official_names(variant):
+    """The tensors of the official PVTv2 and MiT files, without the classifier."""
+    _, depths, _, reductions, *_ = VARIANTS[variant]
+    layers = []
+    for i in range(4):
+        layers += [f"patch_embed{i + 1}.proj", f"patch_embed{i + 1}.norm", f"norm{i + 1}"]
+        parts = BLOCK + (("attn.sr", "attn.norm") if reductions[i] > 1 else ())
+        layers += [f"block{i + 1}.{j}.{part}" for j in range(depths[i]) for part in parts]
+    return {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+def hugging_face_file(encoder):
+    """The encoder's tensors as nvidia/mit-b* names them, with a classifier."""
+    state = {"classifier.weight": torch.zeros(10, 4), "classifier.bias": torch.zeros(10)}
+    for name, value in encoder.state_dict().items():
+        layer, kind = name.rsplit(".", 1)
+        part, *rest = layer.split(".", 2)
+        stage = int(part[-1]) - 1
+        if part.startswith("patch_embed"):
+            key = f"patch_embeddings.{stage}.{'layer_norm' if rest == ['norm'] else 'proj'}"
+        elif part.startswith("norm"):
+            key = f"layer_norm.{stage}"
+        elif rest[1] == "attn.kv":
+            prefix = f"segformer.encoder.block.{stage}.{rest[0]}.attention.self"
+            state[f"{prefix}.key.{kind}"], state[f"{prefix}.value.{kind}"] = value.chunk(2)
+            continue
+        else:
+            key = f"block.{stage}.{rest[0]}.{HUGGING_FACE[rest[1]]}"
+        state[f"segformer.encoder.{key}.{kind}"] = value
+    return state
+
+
+def random_encoder(variant="mit_nano", seed=0):
+    torch.manual_seed(seed)
+    return Encoder(variant).eval()
+
+
+# ---------------------------------------------------------------- student
+
+@pytest.mark.parametrize("variant, count", [("mit_b0", 3_319_392), ("mit_b1", 13_151_424),
+                                            ("pvt_v2_b0", 3_409_760), ("pvt_v2_b1", 13_496_000)])
+def test_encoders_have_the_published_parameter_counts(variant, count):
+    with torch.device("meta"):
+        assert count_parameters(Encoder(variant)) == count
+
+
+def test_segformer_b0_with_150_classes_has_the_published_parameter_count():
+    with torch.device("meta"):
+        assert count_parameters(Student("mit_b0", 150)) == 3_752_694
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_encoder_names_are_those_of_the_official_files(variant):
+    with torch.device("meta"):
+        assert set(Encoder(variant).state_dict()) == official_names(variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stages_have_strides_4_8_16_32_and_their_channels(variant):
+    with torch.device("meta"):
+        maps = Encoder(variant)(torch.empty(2, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(2, c, 64 // s, 96 // s) for c, s in zip(VARIANTS[variant][0], (4, 8, 16, 32))]
+
+
+@pytest.mark.parametrize("h, w", [(32, 32), (33, 65), (97, 50)])
+def test_student_takes_any_size_and_rounds_its_maps_up(h, w):
+    logits, feature, fused = Student("mit_nano", 5).eval()(torch.randn(1, 3, h, w))
+    fine, coarse = (math.ceil(h / 4), math.ceil(w / 4)), (math.ceil(h / 32), math.ceil(w / 32))
+    assert logits.shape == (1, 5, *fine) and fused.shape == (1, 128, *fine) and feature.shape == (1, 192, *coarse)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("sr", [1, 2])
+def test_attention_is_softmax_qk_over_root_d_times_v(sr):
+    torch.manual_seed(0)
+    B, C, heads, h, w = 2, 8, 2, 4, 6
+    d = C // heads
+    attention, x = Attention(C, heads, sr), torch.randn(B, h * w, C)
+    reduced = x
+    if sr > 1:
+        reduced = attention.norm(attention.sr(x.transpose(1, 2).reshape(B, C, h, w)).flatten(2).transpose(1, 2))
+        assert reduced.shape[1] == h * w // sr ** 2
+    (W_k, W_v), (b_k, b_v) = attention.kv.weight.chunk(2), attention.kv.bias.chunk(2)
+    q, k, v = attention.q(x), reduced @ W_k.T + b_k, reduced @ W_v.T + b_v
+    out = [torch.softmax(q[..., s] @ k[..., s].transpose(1, 2) / math.sqrt(d), 2) @ v[..., s]
+           for s in (slice(i * d, (i + 1) * d) for i in range(heads))]
+    torch.testing.assert_close(attention(x, h, w), attention.proj(torch.cat(out, 2)))
+
+
+def test_stochastic_depth_drops_whole_samples_in_training_and_nothing_in_evaluation():
+    torch.manual_seed(0)
+    block, branch = Block(8, 2, 1, 4, drop=0.5), torch.randn(64, 3, 8)
+    assert block.eval().stochastic_depth(branch) is branch
+    kept = block.train().stochastic_depth(branch)
+    dropped = kept.flatten(1).eq(0).all(1)
+    assert 16 < dropped.sum() < 48
+    torch.testing.assert_close(kept[~dropped], 2 * branch[~dropped])
+
+
+def test_stochastic_depth_grows_linearly_to_a_tenth():
+    with torch.device("meta"):
+        encoder = Encoder("mit_b0")
+    drops = [block.drop for i in (1, 2, 3, 4) for block in getattr(encoder, f"block{i}")]
+    assert drops == pytest.approx([0.1 * i / 7 for i in range(8)])
+
+
+def test_layer_norms_have_the_official_epsilons():
+    with torch.device("meta"):
+        norms = {name: m.eps for name, m in Encoder("mit_b0").named_modules() if isinstance(m, nn.LayerNorm)}
+    coarse = {name for name in norms if name.startswith("patch_embed") or name.endswith("attn.norm")}
+    assert all(eps == (1e-5 if name in coarse else 1e-6) for name, eps in norms.items()) and len(coarse) == 4 + 6
+
+
+def test_the_heads_do_not_change_the_start_of_the_student():
+    def start(c_teacher):
+        torch.manual_seed(3)
+        return WithHeads(Student("mit_nano", 2), c_teacher, seed=3), torch.rand(4)
+    (alone, after_alone), (taught, after_taught) = start(None), start(16)
+    assert all(torch.equal(a, b) for a, b in zip(alone.student.parameters(), taught.student.parameters()))
+    assert torch.equal(after_alone, after_taught)
+    x = torch.randn(2, 3, 64, 32)
+    assert alone.eval()(x)[3:] == (None, None)
+    assert [t.shape for t in taught.eval()(x)[3:]] == [(2, 16, 2, 1), (2, 512)]
+
+
+# ---------------------------------------------------------------- the student's weights
+
+def same_function(a, b):
+    x = torch.randn(1, 3, 32, 64)
+    return all(torch.equal(m, n) for m, n in zip(a.eval()(x), b.eval()(x)))
+
+
+def test_official_file_loads_strictly_and_names_what_it_leaves_aside(tmp_path):
+    source, target = random_encoder(seed=0), random_encoder(seed=1)
+    torch.save(source.state_dict() | {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}, tmp_path / "w.pth")
+    assert not same_function(source, target)
+    assert load_encoder(target, "mit_nano", tmp_path / "w.pth") == ["head.bias", "head.weight"]
+    assert same_function(source, target)
+
+
+def test_hugging_face_file_loads_strictly_with_kv_of_key_rows_then_value_rows(tmp_path):
+    source, target = random_encoder("mit_b0", seed=0), random_encoder("mit_b0", seed=1)
+    state = hugging_face_file(source)
+    assert len(state) == 194
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert load_encoder(target, "mit_b0", tmp_path / "pytorch_model.bin") == ["classifier.bias", "classifier.weight"]
+    assert same_function(source, target)
+    prefix = "segformer.encoder.block.2.1.attention.self"
+    assert torch.equal(target.block3[1].attn.kv.weight, torch.cat([state[f"{prefix}.key.weight"], state[f"{prefix}.value.weight"]]))
+
+
+def without(state, ending):
+    return {k: v for k, v in state.items() if not k.endswith(ending)}
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda e: without(e.state_dict(), "block2.0.mlp.fc1.bias"), "block2.0.mlp.fc1.bias"),
+    (lambda e: without(hugging_face_file(e), "block.2.1.attention.self.value.weight"), "block3.1.attn.kv.weight"),
+    (lambda e: e.state_dict() | {"block9.weight": torch.zeros(1)}, "block9.weight"),
+    (lambda e: random_encoder("mit_b0").state_dict(), "give --student the variant of the file"),
+    (lambda e: {"epoch": 3}, "not a plain state dict"),
+], ids=["key missing", "value rows missing", "unknown key", "another variant", "no tensors"])
+def test_file_that_does_not_fit_is_refused_and_changes_nothing(tmp_path, change, named):
+    encoder = random_encoder()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    torch.save(change(encoder), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=named.replace(".", r"\.")):
+        load_encoder(encoder, "mit_nano", tmp_path / "w.pth")
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+
+
+def test_none_keeps_the_random_start():
+    encoder = random_encoder(seed=1)
+    assert load_encoder(encoder, "mit_nano", "none") == [] and same_function(encoder, random_encoder(seed=1))
+
+
+def test_variant_without_published_weights_is_refused():
+    with pytest.raises(InputError, match="no published ImageNet weights"):
+        load_encoder(random_encoder(), "mit_nano", "imagenet")
+
+
+def test_imagenet_files_that_share_a_name_are_cached_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    sources = {"mit_b0": random_encoder("mit_b0", seed=5), "mit_nano": random_encoder("mit_nano", seed=5)}
+    for variant, source in sources.items():
+        path = tmp_path / "nvidia" / variant / "resolve" / "main" / "pytorch_model.bin"
+        path.parent.mkdir(parents=True)
+        torch.save(hugging_face_file(source), path)
+        monkeypatch.setitem(student.IMAGENET, variant, path.as_uri())
+    for _ in ("downloaded", "from the cache"):
+        for variant, source in sources.items():
+            target = random_encoder(variant, seed=6)
+            load_encoder(target, variant, "imagenet")
+            assert same_function(source, target)
+        for path in tmp_path.glob("nvidia/**/*.bin"):
+            path.unlink()
+
+
+def test_failed_download_names_the_option_that_avoids_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(student.IMAGENET, "mit_b0", (tmp_path / "absent.pth").as_uri())
+    with pytest.raises(InputError, match="--student-weights FILE.*--student-weights none"):
+        load_encoder(random_encoder("mit_b0"), "mit_b0", "imagenet")
+
+
+def test_student_script_prints_every_variant(capsys):
+    runpy.run_path(str(Path(student.__file__)), run_name="__main__")
+    out = capsys.readouterr().out
+    assert all(f"{variant}: encoder" in out for variant in VARIANTS)
+    assert "encoder 3,319,392 parameters, whole, 150 classes: 3,752,694" in out
+    assert "stage 4: stride 32, 256 channels, 4x4 tokens" in out
+
+
+# ---------------------------------------------------------------- teacher
+
+@pytest.mark.parametrize("name, stride", [("deeplabv3_resnet101", 8), ("deeplabv3_resnet50", 8),
+                                          ("deeplabv3_mobilenet_v3_large", 16), ("deeplabv3_resnet10", 8)])
+def test_teacher_has_its_stride_and_channels(name, stride):
+    with torch.device("meta"):
+        net = Teacher(name, 7).eval()
+        logits, feature, before = net(torch.empty(2, 3, 64, 96))
+    h, w = 64 // stride, 96 // stride
+    assert net.channels == CHANNELS[name]
+    assert [tuple(t.shape) for t in (logits, feature, before)] == [(2, 7, h, w), (2, CHANNELS[name], h, w), (2, 256, h, w)]
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50"])
+def test_teacher_logits_are_torchvisions_before_its_upsampling(name):
+    torch.manual_seed(0)
+    reference = getattr(models.segmentation, name)(weights=None, weights_backbone=None, num_classes=3).eval()
+    net = Teacher(name, 3).eval()
+    net.load_state_dict(reference.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        logits = F.interpolate(net(x)[0], (64, 64), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(logits, reference(x)["out"])
+
+
+def test_the_map_before_the_classifier_gives_the_logits():
+    net = Teacher("deeplabv3_resnet10", 3).eval()
+    logits, _, before = net(torch.randn(1, 3, 32, 32))
+    torch.testing.assert_close(net.classifier[-1](before), logits)
+
+
+def test_frozen_teacher_has_no_gradients_and_keeps_its_statistics():
+    net = Teacher("deeplabv3_resnet10", 3).freeze()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    out = net(torch.randn(2, 3, 32, 32))
+    assert not any(t.requires_grad for t in out) and not any(m.training for m in net.modules())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name, file_of, prefix, aside", [
+    ("deeplabv3_mobilenet_v3_large", models.mobilenet_v3_large, "features.", "classifier.0.bias"),
+    ("deeplabv3_resnet50", models.resnet50, "", "fc.weight")])
+def test_imagenet_backbone_loads_whole_and_reports_its_classifier(name, file_of, prefix, aside, monkeypatch, capsys):
+    torch.manual_seed(0)
+    state = file_of(weights=None).state_dict()
+    monkeypatch.setattr(teacher_module, "read_weights", lambda url, option: state)
+    net = Teacher(name, 2)
+    initialise(net, name, "imagenet")
+    assert aside in capsys.readouterr().out
+    assert all(torch.equal(v, state[prefix + k]) for k, v in net.backbone.state_dict().items())
+
+
+def test_voc_model_is_downloaded_whole_without_its_auxiliary_head(tmp_path, monkeypatch, capsys):
+    name = "deeplabv3_mobilenet_v3_large"
+    torch.manual_seed(0)
+    state = Teacher(name, 21).state_dict()
+    torch.save(state | {"aux_classifier.0.weight": torch.zeros(1)}, tmp_path / "voc.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "get_model_weights", lambda model: {
+        "COCO_WITH_VOC_LABELS_V1": SimpleNamespace(url=(tmp_path / "voc.pth").as_uri())} if model == name else {})
+    net = Teacher(name, 21)
+    initialise(net, name, "voc")
+    assert "1 tensors of the auxiliary head" in capsys.readouterr().out
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
+def test_published_weights_exist_for_every_teacher_that_claims_them():
+    for name in teacher_module.BACKBONES:
+        assert models.get_model_weights(name)["COCO_WITH_VOC_LABELS_V1"].url.startswith("https://download.pytorch.org/")
+    with pytest.raises(InputError, match="no published weights"):
+        initialise(None, "deeplabv3_resnet10", "imagenet")
+
+
+# ---------------------------------------------------------------- attention pool
+
+def clip_attention_pool(pool, x):
+    """CLIP's own form, clip/model.py, class AttentionPool2d."""
+    x = x.flatten(2).permute(2, 0, 1)  # NCHW -> (HW)NC
+    x = torch.cat([x.mean(0, keepdim=True), x], 0)
+    x = x + pool.positional_embedding[:, None, :]
+    x, _ = F.multi_head_attention_forward(
+        query=x[:1], key=x, value=x, embed_dim_to_check=x.shape[-1], num_heads=x.shape[-1] // 64,
+        q_proj_weight=pool.q_proj.weight, k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight,
+        in_proj_weight=None, in_proj_bias=torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]),
+        bias_k=None, bias_v=None, add_zero_attn=False, dropout_p=0, out_proj_weight=pool.c_proj.weight,
+        out_proj_bias=pool.c_proj.bias, use_separate_proj_weight=True, training=False, need_weights=False)
+    return x.squeeze(0)
+
+
+def test_attention_pool_is_clips():
+    torch.manual_seed(0)
+    pool, x = AttentionPool(128, grid=3), torch.randn(2, 128, 3, 3)
+    torch.testing.assert_close(pool(x), clip_attention_pool(pool, x))
+    assert pool(x).shape == (2, 512)
+
+
+def test_attention_pool_resizes_any_map_to_its_grid():
+    torch.manual_seed(0)
+    pool, x = AttentionPool(64, grid=2), torch.randn(1, 64, 5, 8)
+    resized = F.interpolate(x, (2, 2), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(pool(x), clip_attention_pool(pool, resized))
+
+
+def test_pool_fitter_scores_each_class_by_its_word():
+    fitter, x = PoolFitter(64, grid=2, classes=5), torch.randn(3, 64, 4, 4)
+    torch.testing.assert_close(fitter(x), fitter.pool(x) @ fitter.words.weight.T + fitter.words.bias)
+
+
+@pytest.fixture(scope="module")
+def clip_state():
+    """Half-precision stand-in for CLIP RN101: its pool's tensors, and another that must be ignored."""
+    torch.manual_seed(0)
+    state = {f"{x}_proj.weight": torch.randn(512 if x == "c" else 2048, 2048) for x in "qkvc"}
+    state |= {f"{x}_proj.bias": torch.randn(512 if x == "c" else 2048) for x in "qkvc"}
+    y, x = torch.meshgrid(torch.arange(7.0), torch.arange(7.0), indexing="ij")
+    state["positional_embedding"] = torch.randn(50, 2048)
+    state["positional_embedding"][1:, 0], state["positional_embedding"][1:, 1] = y.flatten(), x.flatten()
+    return {f"visual.attnpool.{k}": v.half() for k, v in state.items()} | {"visual.conv1.weight": torch.zeros(1)}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return AttentionPool(2048, grid=2)
+
+
+def test_clip_pool_is_read_with_its_positions_resized(tmp_path, clip_state, pool):
+    torch.save(clip_state, tmp_path / "clip.pt")
+    load_clip_pool(pool, tmp_path / "clip.pt")
+    for name, value in pool.state_dict().items():
+        assert value.dtype == torch.float32
+        if name != "positional_embedding":
+            assert torch.equal(value, clip_state[f"visual.attnpool.{name}"].float())
+    mean, *cells = pool.positional_embedding.detach()
+    assert torch.equal(mean, clip_state["visual.attnpool.positional_embedding"][0].float())
+    # bilinear at the centres of 2x2 cells over 0 ... 6: coordinates 1.25 and 4.75, rows first
+    assert [tuple(c[:2].tolist()) for c in cells] == [(1.25, 1.25), (1.25, 4.75), (4.75, 1.25), (4.75, 4.75)]
+
+
+class Anything(nn.Module):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.script is deprecated, but CLIP's file is of its making
+def test_files_other_than_clips_are_refused(tmp_path, clip_state, pool):
+    torch.jit.script(Anything()).save(str(tmp_path / "archive.pt"))
+    with pytest.raises(InputError, match="neither a plain state dict nor OpenAI's RN101.pt"):
+        load_clip_pool(pool, tmp_path / "archive.pt")
+    torch.save(clip_state | {"visual.attnpool.c_proj.weight": torch.zeros(1024, 2048)}, tmp_path / "rn50.pt")
+    with pytest.raises(InputError, match="RN50 has another size"):
+        load_clip_pool(pool, tmp_path / "rn50.pt")
+    torch.save({}, tmp_path / "empty.pt")
+    with pytest.raises(InputError, match="are not those of CLIP RN101"):
+        load_clip_pool(pool, tmp_path / "empty.pt")
+    with pytest.raises(InputError, match="no such file"):
+        load_clip_pool(pool, tmp_path / "absent.pt")
+    with pytest.raises(InputError, match="2048 channels"):
+        load_clip_pool(AttentionPool(64, grid=2), tmp_path / "rn50.pt")
+
+
+def test_presence_names_the_classes_of_each_crop_without_the_ignored_pixels():
+    labels = torch.tensor([[[0, 0], [255, 2]], [[255, 255], [1, 255]]])
+    assert presence(labels, 3).tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+def test_average_precision_is_the_mean_precision_at_the_positives():
+    # class 0: positives at ranks 1 and 3 -> (1/1 + 2/3) / 2;  class 1: at rank 2 -> 1/2;  class 2: no positive
+    scores = torch.tensor([[0.1, 0.8, 0.3], [0.9, 0.5, 0.2], [0.5, 0.1, 0.1], [0.2, 0.2, 0.4]])
+    truth = torch.tensor([[0.0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0]])
+    found = average_precision(scores, truth)
+    torch.testing.assert_close(found, torch.tensor([5 / 6, 1 / 2, torch.nan]), equal_nan=True)
+
+
+@pytest.mark.parametrize("power", [0.9, 1.0])
+def test_schedule_warms_up_linearly_and_decays_to_zero(power):
+    factors = [schedule(step, 100, 10, power) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1 and factors[-1] == pytest.approx((1 / 90) ** power) and schedule(100, 100, 10, power) == 0
+    assert all(a > b for a, b in zip(factors[10:], factors[11:]))
+    assert schedule(1, 20, 10, power) == 1  # at most a tenth of the steps
+    assert schedule(0, 5, 10, power) == 1
