@@ -25,7 +25,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
+DATASETS = ("shapes", "ade20k", "cityscapes", "voc", "folder")
 IGNORE = 255
+SUFFIXES = (".jpg", ".jpeg", ".png")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)  # pads images: zero after normalising
 
@@ -65,7 +67,8 @@ def command(main):
     except InputError as e:
         sys.exit(_say(str(e).rpartition("InputError: ")[2], 2))  # a loader process puts its traceback in front
     except OSError as e:
-        sys.exit(_say(f"{e.filename or 'output'}: {e.strerror or e}; check the path, its permissions and the free space", 2))
+        reason = f"{e.filename or 'output'}: {e.strerror or e}"
+        sys.exit(_say(f"{reason}; check the path, its permissions and the free space", 2))
     except torch.cuda.OutOfMemoryError as e:
         sys.exit(_say(f"out of GPU memory ({str(e).splitlines()[0]}): lower --batch-size or --crop", 2))
     except (Interrupted, KeyboardInterrupt) as e:
@@ -130,7 +133,9 @@ def read_weights(source, option):
             raise InputError(f"{source}: not a plain state dict of tensors; {option} takes one")
         return state
     # Hugging Face calls every model's file pytorch_model.bin, so the cache needs the model's name too
-    name = Path(source).name if "/resolve/" not in source else source.split("/resolve/")[0].replace("/", "-").split(":")[-1] + ".bin"
+    name = Path(source).name
+    if "/resolve/" in source:
+        name = source.split("://")[1].split("/resolve/")[0].replace("/", "-") + ".bin"
     try:
         return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True, file_name=name,
                                                   check_hash="download.pytorch.org" in source)
@@ -158,7 +163,8 @@ class DataSet:
         image = _open(image_path).convert("RGB")
         raw = _open(label_path)
         if raw.mode not in ("L", "P", "1"):
-            raise InputError(f"{label_path}: mode {raw.mode}, but a label has one index byte a pixel; convert it to class indices")
+            raise InputError(f"{label_path}: mode {raw.mode}, but a label has one index byte a pixel; "
+                             "convert it to class indices")
         raw = np.array(raw, dtype=np.uint8)
         if raw.shape != image.size[::-1]:
             raise InputError(f"{label_path}: {raw.shape[1]}x{raw.shape[0]}, but its image is "
@@ -218,7 +224,7 @@ def open_dataset(name, root=None, missing_ok=False):
 
 def _pair_up(images, labels):
     """Every image of a folder with the label of the same stem."""
-    return [(p, labels / f"{p.stem}.png") for p in sorted(images.glob("*")) if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    return [(p, labels / f"{p.stem}.png") for p in sorted(images.glob("*")) if p.suffix.lower() in SUFFIXES]
 
 
 def _folder(root):
@@ -250,7 +256,8 @@ def _ade20k(root):
     folder = root / DOWNLOADS["ade20k"][3]
     if not folder.is_dir():
         download("ade20k", root)
-    names = [line.split("\t")[-1].split(",")[0].strip() for line in (folder / "objectInfo150.txt").read_text().splitlines()[1:]]
+    lines = (folder / "objectInfo150.txt").read_text().splitlines()[1:]
+    names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
     if len(names) != 150:
         raise InputError(f"{folder / 'objectInfo150.txt'}: {len(names)} classes instead of 150; unpack the archive again")
     pairs = {short: _pair_up(folder / "images" / split, folder / "annotations" / split)
@@ -263,8 +270,8 @@ def _ade20k(root):
 
 def _cityscapes(root):
     if not (root / "gtFine").is_dir() or not (root / "leftImg8bit").is_dir():
-        raise InputError(f"{root}: no leftImg8bit/ and gtFine/ in it; register at https://www.cityscapes-dataset.com/downloads, "
-                         "get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip and unpack both there")
+        raise InputError(f"{root}: no leftImg8bit/ and gtFine/ in it; register at "
+                         "https://www.cityscapes-dataset.com/downloads, get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip and unpack both there")
     pairs = {}
     for split in ("train", "val"):  # the test split's labels are void: never scored
         images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
@@ -284,8 +291,9 @@ def _voc(root):
     lists = folder / "ImageSets" / "Segmentation"
     pairs = {}
     for split in ("train", "val"):
-        augmented = split == "train" and (lists / "trainaug.txt").is_file() and (folder / "SegmentationClassAug").is_dir()
-        source, labels = ("trainaug.txt", "SegmentationClassAug") if augmented else (f"{split}.txt", "SegmentationClass")
+        source, labels = f"{split}.txt", "SegmentationClass"
+        if split == "train" and (lists / "trainaug.txt").is_file() and (folder / "SegmentationClassAug").is_dir():
+            source, labels = "trainaug.txt", "SegmentationClassAug"
         ids = (lists / source).read_text().split() if (lists / source).is_file() else []
         ids = dict.fromkeys(Path(i).stem for i in ids)  # some lists in circulation name both files of a pair
         pairs[split] = [(folder / "JPEGImages" / f"{i}.jpg", folder / labels / f"{i}.png") for i in ids]
@@ -309,7 +317,8 @@ def download(name, root):
         if found == digest:
             break
         archive.unlink()
-        print(f"{archive}: {algorithm} {found} instead of {digest}: deleted" + (", trying once more" if attempt == 1 else ""))
+        again = ", trying once more" if attempt == 1 else ""
+        print(f"{archive}: {algorithm} {found} instead of {digest}: deleted{again}")
     else:
         raise InputError(f"{url}: the {algorithm} was wrong twice; get it elsewhere and unpack it in {root}")
     aside = root / "unpacking.part"
@@ -325,10 +334,11 @@ def _fetch(name, url, archive):
         with urllib.request.urlopen(url, timeout=60) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
         free = shutil.disk_usage(archive.parent).free
-        print(f"{name} is not in {archive.parent}: downloading {url}\n{size / 1e9:.2f} GB, about {2.5 * size / 1e9:.2f} GB of disk "
-              f"with the unpacked files ({free / 1e9:.1f} GB are free)", flush=True)
+        print(f"{name} is not in {archive.parent}: downloading {url}\n{size / 1e9:.2f} GB, about "
+              f"{2.5 * size / 1e9:.2f} GB of disk with the unpacked files ({free / 1e9:.1f} GB are free)", flush=True)
         if free < 2.5 * size:
-            raise InputError(f"{archive.parent}: {free / 1e9:.1f} GB free, {2.5 * size / 1e9:.1f} GB needed; give --data a larger disk")
+            raise InputError(f"{archive.parent}: {free / 1e9:.1f} GB free, {2.5 * size / 1e9:.1f} GB needed; "
+                             "give --data a larger disk")
         torch.hub.download_url_to_file(url, str(archive), progress=True)
     except (OSError, ValueError, http.client.HTTPException) as e:
         raise InputError(f"{url}: cannot download it ({e}); get it elsewhere and unpack it in {archive.parent}") from None
@@ -388,7 +398,8 @@ def draw_shapes(seed, index, size=SHAPES_SIZE):
         colours = [_colour(rng, kind / 7 + rng.normal(0, 0.08)) for _ in range(2)]
         period, phase = rng.uniform(3.5, 5), rng.uniform(0, 2 * np.pi, 2)
         u, v = (np.sin(2 * np.pi * t / period + p) for t, p in zip((xx, yy), phase))
-        wave = {"square": u * v, "triangle": v, "cross": u, "ring": rng.normal(0, 1, (size, size))}.get(name, np.ones((size, size)))
+        waves = {"square": u * v, "triangle": v, "cross": u, "ring": rng.normal(0, 1, (size, size))}
+        wave = waves.get(name, np.ones((size, size)))
         canvas = np.where(solid[..., None], np.where(wave[..., None] > 0, *colours), canvas)
         border = np.asarray(mask.filter(ImageFilter.MaxFilter(3))) != np.asarray(mask)
         label = np.where(solid, kind, np.where(border, IGNORE, label)).astype(np.uint8)
@@ -449,7 +460,7 @@ class TrainStream(torch.utils.data.Dataset):
         index = int(_order(self.seed, position // n, n)[position % n])
         image, label = self.data.read("train", index)
         rng = np.random.default_rng([self.seed, position, 1])
-        # paper: unstated; the release draws the LONG side from 0.5-2.0 x 520, which makes crops of Cityscapes mostly padding
+        # paper: unstated; the release draws the LONG side from 0.5-2.0 x 520: its Cityscapes crops are mostly padding
         s = self.base * rng.uniform(*self.scale) / min(image.size)
         size = [max(1, round(s * side)) for side in image.size]
         w, h = (min(self.crop, side) for side in size)
@@ -486,7 +497,8 @@ class EvalImages(torch.utils.data.Dataset):
     def __getitem__(self, i):
         image, label = self.data.read(self.split, self.indices[i])
         image = np.array(resize_short_side(image, self.base)).transpose(2, 0, 1)
-        return torch.from_numpy(image.copy()), torch.from_numpy(label), str(self.data.pairs[self.split][self.indices[i]][0])
+        name = str(self.data.pairs[self.split][self.indices[i]][0])
+        return torch.from_numpy(image.copy()), torch.from_numpy(label), name
 
 
 def normalise(images):
@@ -511,12 +523,13 @@ def check(data):
 def main():
     parser = argparse.ArgumentParser(description="Check a data set before hours are spent on it.")
     parser.add_argument("--check", action="store_true", required=True, help="read every file and list every fault")
-    parser.add_argument("--dataset", required=True, choices=("shapes", "ade20k", "cityscapes", "voc", "folder"))
+    parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--data", help="its folder (default: data/NAME)")
     args = parser.parse_args()
     data = open_dataset(args.dataset, args.data, missing_ok=True)
     faults = check(data)
-    print(", ".join(f"{s}: {len(p)} images" for s, p in data.pairs.items()) + f", {len(data.classes)} classes, {faults} faulty")
+    counts = ", ".join(f"{s}: {len(p)} images" for s, p in data.pairs.items())
+    print(f"{counts}, {len(data.classes)} classes, {faults} faulty")
     if faults:
         raise InputError(f"{faults} faulty files are listed above; mend or remove them")
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.utils import draw_segmentation_masks
 
-from data import (IGNORE, EvalImages, InputError, command, load_checkpoint, normalise, open_dataset, progress,
+from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, command, load_checkpoint, normalise, open_dataset, progress,
                   resize_short_side, write_atomically)
 from student import VARIANTS, Student, count_parameters
 from teacher import CHANNELS, Teacher
@@ -30,7 +30,8 @@ from teacher import CHANNELS, Teacher
 def confusion_matrix(prediction, label, classes):
     """Counts (K,K) int64, row = label, column = prediction; pixels labelled 255 are left out."""
     valid = label != IGNORE
-    return torch.bincount(label[valid].long() * classes + prediction[valid].long(), minlength=classes ** 2).view(classes, classes)
+    pairs = label[valid].long() * classes + prediction[valid].long()
+    return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
 
 
 def scores(matrix):
@@ -56,7 +57,7 @@ def predict(model, image, size, window=None, stride=None, flip=False, batch=8):
     h, w = image.shape[2:]
     win_h, win_w = (window, window) if window else (max(h, 32), max(w, 32))
     image = F.pad(image, (0, max(0, win_w - w), 0, max(0, win_h - h)))
-    tops, lefts = (_starts(side, win, min(stride or win, win)) for side, win in ((image.shape[2], win_h), (image.shape[3], win_w)))
+    tops, lefts = (_starts(side, win, min(stride or win, win)) for side, win in zip(image.shape[2:], (win_h, win_w)))
     corners = [(y, x) for y in tops for x in lefts]
     total = weight = 0
     for i in range(0, len(corners), batch):
@@ -80,12 +81,18 @@ def _starts(side, window, stride):
     return list(range(0, side - window, stride)) + [side - window]
 
 
-def evaluate(model, data, split, base, window, device, stride=None, flip=False, batch=8, images=None, desc="evaluating"):
+def default_stride(window):
+    """Two thirds of the window; None, like the window, for whole images."""
+    # paper: unstated; how far its 512 windows overlap
+    return 2 * window // 3 if window else None
+
+
+def evaluate(model, data, split, base, window, device, stride=None, flip=False, batch=8, images=None,
+             desc="evaluating"):
     """Confusion matrix (K,K) of `model` on the first `images` (default: all) of a split.
 
     With several processes each takes every n-th image, once, and the counts are added up.
     """
-    # paper: unstated; how far its 512 windows overlap, ours by a third
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     count = min(images or len(data.pairs[split]), len(data.pairs[split]))
     dataset = EvalImages(data, split, base, range(rank, count, processes))
@@ -95,7 +102,7 @@ def evaluate(model, data, split, base, window, device, stride=None, flip=False, 
     for i in progress(range(len(dataset)), desc=desc, unit="images", disable=rank > 0, leave=False):
         image, label, _ = dataset[i]
         label = label.to(device)
-        logits = predict(model, image.to(device), label.shape, window, stride or (2 * window // 3 if window else None), flip, batch)
+        logits = predict(model, image.to(device), label.shape, window, stride or default_stride(window), flip, batch)
         matrix += confusion_matrix(logits.argmax(0), label, len(data.classes))
     model.train(was_training)
     if processes > 1:
@@ -115,7 +122,7 @@ def colourise(image, classes_map, palette):
 
 
 def strip(data, split, base, window, models, device, images=4):
-    """Picture: a row for each of `images` images spread over the split, columns image | label | the `models` (name -> network)."""
+    """Picture: a row for each of `images` images spread over the split; columns image | label | `models` (name -> network)."""
     count = len(data.pairs[split])
     rows = []
     for index in sorted({round(i * (count - 1) / max(1, images - 1)) for i in range(images)}):
@@ -123,7 +130,7 @@ def strip(data, split, base, window, models, device, images=4):
         columns = {"image": image, "label": colourise(image, _to_size(label, image), data.palette)}
         for name, model in models.items():
             was_training = model.training
-            logits = predict(model.eval(), image.to(device), image.shape[1:], window, 2 * window // 3)
+            logits = predict(model.eval(), image.to(device), image.shape[1:], window, default_stride(window))
             columns[name] = colourise(image, logits.argmax(0).cpu(), data.palette)
             model.train(was_training)
         rows.append(columns)
@@ -205,7 +212,8 @@ def write_json(path, value):
 def _evaluate_checkpoint(args, model, state, device):
     data = open_dataset(args.dataset or state["dataset"], args.data or state.get("data"))
     if data.classes != state["classes"]:
-        raise InputError(f"{args.checkpoint}: trained on {len(state['classes'])} classes that are not those of the data; give its own --data")
+        raise InputError(f"{args.checkpoint}: trained on {len(state['classes'])} classes that are not those of the data; "
+                         "give its own --data")
     if not data.pairs.get(args.split):
         raise InputError(f"the data has no {args.split} split; choose another --split")
     window = None if args.whole else args.window or state["window"]
@@ -226,7 +234,7 @@ def _evaluate_checkpoint(args, model, state, device):
 def _overlays(args, model, state, device):
     files = []
     for item in map(Path, args.image):
-        files += sorted(p for p in item.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")) if item.is_dir() else [item]
+        files += sorted(p for p in item.iterdir() if p.suffix.lower() in SUFFIXES) if item.is_dir() else [item]
     if not files:
         raise InputError(f"{args.image[0]}: no .jpg or .png in it")
     out = Path(args.pictures or "pictures")
@@ -240,7 +248,7 @@ def _overlays(args, model, state, device):
             raise InputError(f"{path}: not a readable image ({e.strerror or e}); give another --image") from None
         small = torch.from_numpy(np.array(resize_short_side(image, state["base"]))).permute(2, 0, 1)
         window = None if args.whole else args.window or state["window"]
-        logits = predict(model, small.to(device), image.size[::-1], window, args.stride or 2 * (window or 0) // 3 or None,
+        logits = predict(model, small.to(device), image.size[::-1], window, args.stride or default_stride(window),
                          args.flip, args.batch_size)
         overlay(image, logits.argmax(0).cpu(), state["classes"], state["palette"]).save(out / f"{path.stem}.png")
     print(f"{len(files)} pictures in {out}")
@@ -268,12 +276,23 @@ def _export(args, model, state):
     x = torch.randn(1, 3, side + 32, side)
     with torch.no_grad():
         difference = (again(x) - bare(x)).abs().max().item()
+    print(f"{args.export}: {Path(args.export).stat().st_size / 1e6:.1f} MB, largest difference to the original {difference:.1e}")
+    networks = {state["name"]: model}
+    if state.get("conditions"):  # a student: its teacher costs the same whatever its weights are
+        networks[state["conditions"]["teacher"]] = Teacher(state["conditions"]["teacher"], len(state["classes"])).eval()
+    for name, network in networks.items():
+        print(f"{name}: {count_parameters(network):,} parameters, {_milliseconds(network, x):.0f} ms for one "
+              f"{x.shape[2]}x{x.shape[3]} image on this CPU")
+
+
+@torch.no_grad()
+def _milliseconds(network, x):
+    times = []
+    for _ in range(6):
         begin = time.perf_counter()
-        for _ in range(5):
-            bare(x)
-    print(f"{args.export}: {Path(args.export).stat().st_size / 1e6:.1f} MB, {count_parameters(model):,} parameters, "
-          f"{200 * (time.perf_counter() - begin):.0f} ms for one {x.shape[2]}x{x.shape[3]} image on this CPU, "
-          f"largest difference to the original {difference:.1e}")
+        network(x)
+        times.append(time.perf_counter() - begin)
+    return 1000 * statistics.median(times[1:])
 
 
 def compare(folder, split):
@@ -301,7 +320,8 @@ def compare(folder, split):
             raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
         by_method[name][result["seed"]] = result
     alone = by_method.get("ce", {})
-    lines = [f"{split}, {reference['step']} steps", f"{'method':16s}{'seeds':>6s}{'mIoU':>8s}{'std':>7s}{'gain over ce':>14s}   95% interval"]
+    lines = [f"{split}, {reference['step']} steps",
+             f"{'method':16s}{'seeds':>6s}{'mIoU':>8s}{'std':>7s}{'gain over ce':>14s}   95% interval"]
     gains = {}
     for method, seeds in by_method.items():
         values = [r["miou"] for r in seeds.values()]
@@ -354,7 +374,7 @@ def main():
     what.add_argument("--export", metavar="FILE", help="write the bare network through torch.export instead")
     what.add_argument("--compare", metavar="DIR", help="table of all runs below DIR (no checkpoint needed)")
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=("shapes", "ade20k", "cityscapes", "voc", "folder"), help="default: the checkpoint's")
+    data.add_argument("--dataset", choices=DATASETS, help="default: the checkpoint's")
     data.add_argument("--data", metavar="DIR", help="its folder; default: the checkpoint's")
     data.add_argument("--split", default="val", choices=("train", "val", "test"), help="images to score (default val)")
     how = parser.add_argument_group("how")

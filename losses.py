@@ -60,7 +60,7 @@ def masked_mean(values, mask):
 def divergence(log_S, log_T, dim, kl):
     """KL(teacher || student) if kl is "forward", KL(student || teacher) if "reverse", summed over `dim`."""
     # paper: unstated; Eq. 3, 4 and 9 write KL(student, teacher), the released code computes the forward one
-    log_p, log_q = (log_T, log_S) if kl == "forward" else (log_S, log_T)
+    log_p, log_q = {"forward": (log_T, log_S), "reverse": (log_S, log_T)}[kl]
     return (log_p.exp() * (log_p - log_q)).sum(dim)
 
 
@@ -169,14 +169,20 @@ def cross_entropy(z_S, labels):
 
 
 def kd_loss(z_S, z_T, labels, T=1.0):
-    """Hinton et al., 1503.02531, pixel-wise: T^2 KL(softmax(z_T/T) || softmax(z_S/T)), sum over classes, mean over pixels."""
+    """Hinton et al., 1503.02531, pixel-wise: T^2 KL(softmax(z_T/T) || softmax(z_S/T)).
+
+    Summed over classes, averaged over labelled pixels.
+    """
     loss = divergence(F.log_softmax(full(z_S) / T, 1), F.log_softmax(full(z_T) / T, 1), 1, "forward")
     return T ** 2 * masked_mean(loss, labels != IGNORE)
 
 
 def cwd_loss(z_S, z_T, labels, T=4.0):
     """CWD, 2011.13256, on logits: T^2/(B K) sum over images and classes of the KL between softmaxes over positions."""
-    log_S, log_T = (F.log_softmax((full(z) / T).masked_fill(labels[:, None] == IGNORE, -1e9).flatten(2), 2) for z in (z_S, z_T))
+    def over_positions(z):
+        return F.log_softmax((full(z) / T).masked_fill(labels[:, None] == IGNORE, -1e9).flatten(2), 2)  # B,K,n
+
+    log_S, log_T = over_positions(z_S), over_positions(z_T)
     return T ** 2 * divergence(log_S, log_T, 2, "forward").mean()
 
 
@@ -199,7 +205,10 @@ def skd_loss(D_S, D_T, labels):
 
 
 def ifvd_loss(D_S, D_T, labels, classes):
-    """IFVD, ECCV 2020: mean squared difference of each position's cosine to the mean feature of its class in its image."""
+    """IFVD, ECCV 2020: each position's cosine to the mean feature of its class in its image, mean squared difference.
+
+    D_S, D_T: (B,C,h,w), the channels may differ. Mean over labelled positions.
+    """
     onehot = F.one_hot(labels.where(labels != IGNORE, classes).flatten(1), classes + 1)[..., :classes]  # B,n,K
 
     def variation(D):
@@ -214,14 +223,20 @@ def ifvd_loss(D_S, D_T, labels, classes):
 
 
 def at_loss(D_S, D_T, labels):
-    """Attention transfer, 1612.03928: mean squared difference of the L2-normalised maps of mean_C D^2, an image a row."""
+    """Attention transfer, 1612.03928: a = mean_C D^2, L2-normalised over an image's positions; mean squared difference.
+
+    D_S, D_T: (B,C,h,w), the channels may differ. Mean over labelled positions.
+    """
     mask = (labels != IGNORE).flatten(1)
     a_S, a_T = (F.normalize(full(D).square().mean(1).flatten(1).masked_fill(~mask, 0), dim=1) for D in (D_S, D_T))
     return masked_mean((a_S - a_T).square(), mask)
 
 
 def dist_loss(z_S, z_T, labels):
-    """DIST, 2205.10536: 1 - mean Pearson correlation of the softmaxes, over classes a pixel plus over pixels a class."""
+    """DIST, 2205.10536: 1 - Pearson correlation of the two softmaxes, of each pixel over classes and of each class over pixels.
+
+    The mean over labelled pixels plus the mean over classes; per process where there are several.
+    """
     valid = (labels != IGNORE).flatten()
     P, Q = (full(z).softmax(1).movedim(1, -1).flatten(0, -2)[valid] for z in (z_S, z_T))  # pixels,K
     if not len(P):

@@ -275,7 +275,8 @@ def _official_names(state):
         for old, official in renames:
             new = new.replace(old, official)
         out[new] = value
-    for key in [k for k in out if ".key." in k and k.replace(".key.", ".value.") in out]:  # kv = rows of key, then rows of value
+    # kv = rows of key, then rows of value
+    for key in [k for k in out if ".key." in k and k.replace(".key.", ".value.") in out]:
         out[key.replace(".key.", ".kv.")] = torch.cat([out.pop(key), out.pop(key.replace(".key.", ".value."))])
     return out
 

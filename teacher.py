@@ -30,7 +30,8 @@ EMBEDDING = 512  # coordinates of e^T and e^S: CLIP RN101's
 class Teacher(nn.Module):
     """(B,3,H,W) -> logits z^T (B,K,h,w), encoder feature F^T (B,C_T,h,w), map before the classifier (B,256,h,w).
 
-    h, w: H/8, W/8 with a ResNet, H/16, W/16 with MobileNetV3. The paper's teacher is DeepLabV3+; torchvision has DeepLabV3, without the low-level branch.
+    h, w: H/8, W/8 with a ResNet, H/16, W/16 with MobileNetV3. The paper's teacher is DeepLabV3+; torchvision has
+    DeepLabV3, without the low-level branch.
     """
 
     def __init__(self, name, classes):
@@ -81,7 +82,8 @@ def initialise(teacher, name, source):
         # torchvision's MobileNetV3 file calls layer 0 "features.0", its segmentation backbone "0"
         state = {k.removeprefix("features."): v for k, v in state.items()}
         aside = sorted(set(state) - set(wanted))
-        teacher.backbone.load_state_dict({k: state[k] for k in wanted})
+        # strict; only num_batches_tracked, which old files lack, may be missing
+        teacher.backbone.load_state_dict({k: v for k, v in state.items() if k in wanted})
         print(f"teacher backbone: ImageNet; not loaded: {', '.join(aside)}")
     elif source == "voc":
         weights = models.get_model_weights(name)["COCO_WITH_VOC_LABELS_V1"]
@@ -142,7 +144,7 @@ def presence(labels, classes):
 
 
 def average_precision(scores, truth):
-    """Per class: mean precision at each positive, crops sorted by score; scores, truth (M,K) -> (K,), NaN without a positive."""
+    """Mean precision at the positives of each class, crops sorted by score: (M,K), (M,K) -> (K,), NaN without a positive."""
     order = scores.argsort(0, descending=True)
     hits = truth.gather(0, order)
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, device=hits.device)[:, None]

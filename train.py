@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import losses
-from data import (EvalImages, InputError, Interrupted, TrainStream, command, load_checkpoint, normalise, open_dataset,
+from data import (DATASETS, EvalImages, InputError, Interrupted, TrainStream, command, load_checkpoint, normalise, open_dataset,
                   progress, write_atomically)
 from evaluate import evaluate, load_network, scores, strip, table, write_json
 from student import VARIANTS, Student, WithHeads, count_parameters, load_encoder
@@ -72,7 +72,7 @@ def parse_options(argv=None):
     p = argparse.ArgumentParser(usage="%(prog)s [options]", description="Distil a CNN teacher into a Vision Transformer student "
                                 "(C2VKD). Defaults marked * come from the data set's recipe.")
     g = p.add_argument_group("what")
-    g.add_argument("--dataset", default="shapes", choices=("shapes", "ade20k", "cityscapes", "voc", "folder"), help="default shapes")
+    g.add_argument("--dataset", default="shapes", choices=DATASETS, help="default shapes")
     g.add_argument("--data", metavar="DIR", help="its folder (default data/NAME)")
     g.add_argument("--method", default="c2vkd", choices=("teacher", *losses.METHODS), help="default c2vkd; teacher: stop after stage 2")
     g.add_argument("--out", default="runs", metavar="DIR", help="output folder (default runs)")
@@ -113,8 +113,8 @@ def parse_options(argv=None):
     if args.gpus is None:
         args.gpus = min(1, torch.cuda.device_count())
     if args.gpus > torch.cuda.device_count() and "RANK" not in os.environ:
-        raise InputError(f"--gpus {args.gpus}: {torch.cuda.device_count()} CUDA devices found; use --gpus {torch.cuda.device_count()}"
-                         + (" to run on the CPU" if not torch.cuda.device_count() else ""))
+        found = torch.cuda.device_count()
+        raise InputError(f"--gpus {args.gpus}: {found} CUDA devices found; use --gpus {found}{'' if found else ' to run on the CPU'}")
     recipe = RECIPES["folder, no GPU" if args.dataset == "folder" and not args.gpus else args.dataset]
     for key, value in recipe.items():
         if getattr(args, key, None) is None:
@@ -181,14 +181,13 @@ def teacher_folder(args):
 
 
 def common_conditions(args, data):
-    return {"dataset": args.dataset, "classes": len(data.classes), "train_images": len(data.pairs["train"]), "base": args.base, "crop": args.crop,
-            "batch_size": args.batch_size, "warmup": args.warmup, "teacher": args.teacher, "teacher_weights": args.teacher_weights,
-            "teacher_steps": args.teacher_steps, "teacher_lr": args.teacher_lr}
+    names = ("dataset", "base", "crop", "batch_size", "warmup", "teacher", "teacher_weights", "teacher_steps", "teacher_lr")
+    return {"classes": len(data.classes), "train_images": len(data.pairs["train"])} | {n: getattr(args, n) for n in names}
 
 
 def description(args, data, name):
-    return {"name": name, "dataset": args.dataset, "data": args.data and os.path.abspath(args.data), "classes": list(data.classes),
-            "palette": [list(c) for c in data.palette], "base": args.base, "window": args.crop}
+    return {"name": name, "dataset": args.dataset, "data": args.data and os.path.abspath(args.data),
+            "classes": list(data.classes), "palette": [list(c) for c in data.palette], "base": args.base, "window": args.crop}
 
 
 def parallel(module, args):
@@ -219,7 +218,8 @@ def build_teacher_stage(args, data):
         return {"ce": losses.cross_entropy(losses.upsample(z_T, labels.shape[1:]), labels)}
 
     return Stage("teacher", teacher_folder(args), teacher, terms, {"ce": 1.0}, optimizer, args.teacher_steps, 0.9,
-                 common_conditions(args, data), description(args, data, args.teacher), teacher, strip_models={"teacher": teacher})
+                 common_conditions(args, data), description(args, data, args.teacher), teacher,
+                 strip_models={"teacher": teacher})
 
 
 def build_pool_stage(args, data, teacher):
@@ -258,10 +258,11 @@ def build_student_stage(args, data, teacher, pool):
     own = {"method": args.method, "seed": args.seed, "kl": args.kl, "weights": args.term_weights,
            "pool_steps": args.pool_steps, "clip": args.clip}
     folder = Path(args.out) / args.dataset / (args.name or f"{args.method}-{args.student}-seed{args.seed}")
+    described = {"label": args.name and args.name.removesuffix(f"-seed{args.seed}"), "method": args.method,
+                 "seed": args.seed, "conditions": conditions}
     return Stage("student", folder, module, terms, args.term_weights, optimizer, args.steps, 1.0, conditions | own,
-                 description(args, data, args.student) | {"label": args.name and args.name.removesuffix(f"-seed{args.seed}"),
-                                                          "method": args.method, "seed": args.seed, "conditions": conditions},
-                 student, student.encoder, {"teacher": teacher, "student": student})
+                 description(args, data, args.student) | described, student, student.encoder,
+                 {"teacher": teacher, "student": student})
 
 
 def c2vkd_terms(net, teacher, pool, images, labels, kl):
@@ -397,7 +398,7 @@ def gradient_norms(terms, encoder, processes=1):
     for name, term in terms.items():
         grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
         flat = torch.cat([losses.full(g).flatten() for g in grads if g is not None])
-        norms[name] = losses.all_sum(flat).norm().item() / processes
+        norms[name] = losses.all_sum(flat).double().norm().item() / processes
     return norms
 
 
@@ -408,8 +409,8 @@ def check_finite(pending, stage, names):
         bad = pending[-1:]
     for step, files, values, _ in bad:
         listed = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, values.tolist()))
-        raise InputError(f"{stage.name}, step {step}: a loss or its gradient is not finite ({listed}); batch: {' '.join(files)}; "
-                         f"{stage.folder / 'last.pt'} is intact; lower --lr or --teacher-lr, or look at these files")
+        raise InputError(f"{stage.name}, step {step}: a loss or its gradient is not finite ({listed}); "
+                         f"batch: {' '.join(files)}; {stage.folder / 'last.pt'} is intact; lower --lr or --teacher-lr, or look at these files")
 
 
 class Log:
@@ -444,7 +445,8 @@ class Log:
             weighted = {n: stage.weights[n] * v for n, v in means.items()}
             row |= {"lr": f"{stage.optimizer.param_groups[0]['lr']:.4g}", "total": f"{sum(weighted.values()):.6g}",
                     "seconds_per_step": f"{(time.monotonic() - self.began) / len(pending):.3f}"}
-            row |= {f"raw_{n}": f"{v:.6g}" for n, v in means.items()} | {f"weighted_{n}": f"{v:.6g}" for n, v in weighted.items()}
+            row |= {f"raw_{n}": f"{v:.6g}" for n, v in means.items()}
+            row |= {f"weighted_{n}": f"{v:.6g}" for n, v in weighted.items()}
             row |= {f"grad_{n}": f"{v:.6g}" for *_, norms in pending for n, v in norms.items()}
         self.began = time.monotonic()
         if self.rank == 0:
@@ -517,7 +519,8 @@ def barrier():
 def refuse_other_conditions(stage, found, path):
     differing = [f"{k} (there {found.get(k)}, here {v})" for k, v in stage.conditions.items() if found.get(k) != v]
     if differing:
-        raise InputError(f"{path}: from a different experiment: {'; '.join(differing)}; choose another --out or --name, or give its options")
+        raise InputError(f"{path}: from a different experiment: {'; '.join(differing)}; "
+                         "choose another --out or --name, or give its options")
 
 
 class Stop:
@@ -553,8 +556,8 @@ def finished_teacher(args, data):
     elif args.teacher_weights not in ("imagenet", "none"):
         teacher, state = load_network(args.teacher_weights)
         if state["name"] != args.teacher or state["classes"] != data.classes:
-            raise InputError(f"{args.teacher_weights}: holds {state['name']} with {len(state['classes'])} classes, wanted "
-                             f"{args.teacher} with these {len(data.classes)}; give --teacher, or the checkpoint of this data")
+            raise InputError(f"{args.teacher_weights}: holds {state['name']} with {len(state['classes'])} classes, "
+                             f"wanted {args.teacher} with these {len(data.classes)}; give --teacher, or the right checkpoint")
     else:
         return None
     return teacher.to(args.device, memory_format=torch.channels_last).freeze()
@@ -567,17 +570,18 @@ def report_pool(fitter, teacher, args, data):
     with torch.no_grad():
         for i in range(min(args.val_images, len(data.pairs["val"]))):
             image, label, _ = EvalImages(data, "val", args.base, [i])[0]
-            image, label = image[:, :args.crop, :args.crop], F.interpolate(label[None, None].float(), image.shape[1:], mode="nearest-exact")
-            label = label[0, :, :args.crop, :args.crop].long()
-            image = F.pad(normalise(image[None].to(args.device)), (0, args.crop - image.shape[2], 0, args.crop - image.shape[1]))
+            label = F.interpolate(label[None, None].float(), image.shape[1:], mode="nearest-exact")[0].long()
+            image, label = image[:, :args.crop, :args.crop], label[:, :args.crop, :args.crop]
+            pad = (0, args.crop - image.shape[2], 0, args.crop - image.shape[1])
+            image = F.pad(normalise(image[None].to(args.device)), pad)
             outputs.append(fitter(teacher(image)[1]))
             truth.append(presence(label.to(args.device), len(data.classes)))
     outputs, truth = torch.cat(outputs), torch.cat(truth)
     frequency = truth.mean(0)
     some = (frequency > 0) & (frequency < 1)
     every = [c for c, f in zip(data.classes, frequency.tolist()) if f == 1]
-    print(f"pool: mean average precision on {len(truth)} val crops {100 * average_precision(outputs, truth)[some].mean():.1f}, "
-          f"class frequency alone {100 * frequency[some].mean():.1f}"
+    found = 100 * average_precision(outputs, truth)[some].mean()
+    print(f"pool: mean average precision on {len(truth)} val crops {found:.1f}, class frequency alone {100 * frequency[some].mean():.1f}"
           + (f"; in every crop, so teaching nothing: {', '.join(every)}" if every else ""))
 
 
@@ -700,10 +704,11 @@ def summary(rows, folder, data, args):
         log = list(csv.DictReader(f))
     last = [r for r in log if any(v for k, v in r.items() if k.startswith("grad_"))][-1:]
     for row in last:
-        print(f"\nterms at step {row['step']}     raw      weighted   gradient norm in the encoder (unweighted, weighted)")
+        print(f"\nterms at step {row['step']}     raw      weighted   gradient norm in the encoder (raw, weighted)")
         for name, weight in args.term_weights.items():
             norm = float(row[f"grad_{name}"])
-            print(f"  {name:8s}{float(row['raw_' + name]):14.4g}{float(row['weighted_' + name]):12.4g}{norm:14.4g}{weight * norm:14.4g}")
+            raw, weighted = float(row[f"raw_{name}"]), float(row[f"weighted_{name}"])
+            print(f"  {name:8s}{raw:14.4g}{weighted:12.4g}{norm:14.4g}{weight * norm:14.4g}")
     curves(log, folder)
     pictures = sorted((folder / "pictures").glob("*.png"))
     print(f"\nrun folder: {folder}\npicture: {pictures[-1]}")
@@ -730,8 +735,8 @@ def curves(log, folder):
 
 def launch(args):
     """--gpus N > 1: this script again under torch.distributed.run, one process a GPU."""
-    sys.exit(subprocess.call([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus),
-                              *sys.argv]))
+    sys.exit(subprocess.call([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                              "--nproc-per-node", str(args.gpus), *sys.argv]))
 
 
 def main():
@@ -752,7 +757,8 @@ def main():
         train(args)
     except RuntimeError as e:
         if "DataLoader worker" in str(e):
-            raise InputError("a loader process died (out of memory?): run the same command again with fewer --workers") from None
+            raise InputError("a loader process died (out of memory?): "
+                             "run the same command again with fewer --workers") from None
         raise
     finally:
         if dist.is_initialized():

@@ -71,16 +71,20 @@ def gradients(args, images, labels):
         mine = slice(args.rank * len(images) // args.processes, (args.rank + 1) * len(images) // args.processes)
         outputs = teacher(images[mine])
         teacher.forward = lambda _: outputs  # once is enough
-        found = {}
+        found, stages = {}, {}
+        args.weights, args.student_weights = [], "none"
         for args.method, args.kl in EXACT:
-            args.weights, args.student_weights = [], "none"
             args.term_weights = train.term_weights(args)
-            stage = train.build_student_stage(args, SimpleNamespace(classes=list("abcde"), palette=[], pairs={"train": []}), teacher, pool)
-            stage.module.eval()
-            terms = stage.terms(images[mine], labels[mine])
-            norms = train.gradient_norms(terms, stage.encoder, args.processes) if args.method == "c2vkd" else {}
-            losses.total_loss(terms, stage.weights).backward()
-            found[f"{args.method} {args.kl}"] = torch.cat([p.grad.flatten() for p in stage.module.parameters()]), norms
+            heads = args.method == "c2vkd"  # all other methods train the same modules
+            if heads not in stages:
+                nothing = SimpleNamespace(classes=list("abcde"), palette=[], pairs={"train": []})
+                stages[heads] = train.build_student_stage(args, nothing, teacher, pool)
+            module = stages[heads].module.eval()
+            terms = stages[heads].terms(images[mine], labels[mine])
+            norms = train.gradient_norms(terms, module.student.encoder, args.processes) if heads else {}
+            module.zero_grad()
+            losses.total_loss(terms, args.term_weights).backward()
+            found[f"{args.method} {args.kl}"] = torch.cat([p.grad.flatten() for p in module.parameters()]), norms
         return found
     finally:
         torch.set_default_dtype(torch.float32)

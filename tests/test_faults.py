@@ -4,6 +4,7 @@ import errno
 import hashlib
 import itertools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import resource
@@ -31,7 +32,7 @@ from data import InputError, Interrupted
 
 # children come from a server that imported torch once and never ran it: after a backward pass or OpenMP, a fork may hang
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train"])
+PROCESSES.set_forkserver_preload(["train", "pytest"])
 RESNET10, ANNOUNCE = teacher._resnet10, train.announce
 
 
@@ -47,6 +48,7 @@ def small_net(classes):
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """One thread, the small teacher, no timing beforehand, pytest's own signal handlers."""
+    multiprocessing.forkserver.ensure_running()  # it imports while the first tests run
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -267,6 +269,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_another_student(fold
     assert first.keys() == second.keys() and first != second
 
 
+def test_a_stopped_run_remembers_its_best_checkpoint(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "validation", lambda stage, args, data, step: 50 - step)
+    for step in (2, 4):  # in the teacher's stage, then in the pool's
+        with pytest.raises(Interrupted):
+            run_until(step, options(folder, tmp_path, "--val-every", 1))
+    assert torch.load(tmp_path / "folder" / "teacher-deeplabv3_resnet10" / "best.pt")["step"] == 1
+
+
 def test_a_finished_run_prints_its_table_and_changes_nothing(folder, whole, capsys):
     run(options(folder, whole[0]))
     assert "student c2vkd mit_nano" in capsys.readouterr().out
@@ -296,7 +306,6 @@ def test_a_chain_of_kills_ends_as_the_whole_run(folder, tmp_path, whole):
         else:
             assert code in (-signal.SIGKILL, -signal.SIGALRM), (tmp_path / "log").read_text()
             kills += 1
-    print("KILLS", kills)
     assert kills >= 7
     run(argv)
     assert differing(tmp_path / "runs", whole[1]) == []
@@ -498,6 +507,7 @@ def clip(path, **shapes):
     torch.save({f"visual.attnpool.{k}": torch.zeros(v) for k, v in shapes.items()}, path)
 
 
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, OpenAI's file is older
 @pytest.mark.parametrize("make, channels, found", (
     (lambda p: None, 2048, "no such file; give --clip"),
     (lambda p: p.write_bytes(b"no checkpoint"), 2048, "neither a plain state dict nor OpenAI's RN101.pt"),

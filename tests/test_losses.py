@@ -439,6 +439,24 @@ def test_each_term_reads_the_maps_of_its_equation(kl):
         assert close(terms[name], summands.sum(), 1e-10, summands.abs().sum()), name
 
 
+@pytest.mark.parametrize("method", [m for m in losses.METHODS if m != "c2vkd"])
+def test_each_baseline_reads_its_maps_on_the_grid_of_crop_over_8(method):
+    torch.manual_seed(0)
+    z_S, z_T = torch.randn(2, 2, CLASSES, 2, 2, dtype=torch.float64)
+    D_S, D_T = torch.randn(2, 2, 6, 2, 2, dtype=torch.float64)
+    few = inputs("pdd forward", (2, CLASSES, 4, 4))[2]
+    labels = few.repeat_interleave(8, 1).repeat_interleave(8, 2)  # 32x32
+    terms = train.baseline_terms(lambda x: (z_S, None, D_S, None, None), lambda x: (z_T, D_T * torch.nan, D_T), None, labels,
+                                 losses.METHODS[method], CLASSES)
+    resize = partial(F.interpolate, mode="bilinear", align_corners=False)
+    wanted = {name: TERMS[name][1](*(resize(x, (4, 4)) for x in ((D_S, D_T) if name in MASKED_FEATURES else (z_S, z_T))), few)
+              for name in losses.METHODS[method] if name != "ce"}
+    wanted["ce"] = cross_entropy(resize(z_S, (32, 32)), None, labels)
+    assert set(terms) == set(wanted)
+    for name, summands in wanted.items():
+        assert close(terms[name], summands.sum(), 1e-10, summands.abs().sum()), name
+
+
 def test_each_term_reaches_exactly_its_parameters(networks):
     net, teacher, pool = networks  # not frozen: the terms themselves must keep gradients away from them
     terms = train.c2vkd_terms(net, teacher, pool, *batch(), "forward")
@@ -491,7 +509,7 @@ def test_gradient_norms_are_those_of_a_backward_pass(networks):
         net.zero_grad()
         term.backward(retain_graph=True)
         wanted = torch.cat([p.grad.flatten() for p in net.student.encoder.parameters()]).double().norm().item()
-        assert norms[name] == pytest.approx(wanted, rel=1e-5)
+        assert norms[name] == pytest.approx(wanted, rel=1e-3)  # float32 sums of a million squares
 
 
 # ---------------------------------------------------------------- the ledger
@@ -501,9 +519,10 @@ def test_every_gap_marked_in_the_code_is_in_the_ledger_and_conversely():
     marked = set()
     for path in root.glob("*.py"):
         text = path.read_text()
+        body = ast.parse(text).body
         for number, line in enumerate(text.splitlines(), 1):
             if "paper: unstated" in line:
-                statement = next(s for s in ast.parse(text).body if number <= s.end_lineno)  # around the mark or right after it
+                statement = next(s for s in body if number <= s.end_lineno)  # around the mark or right after it
                 name = statement.targets[0].id if isinstance(statement, ast.Assign) else statement.name
                 marked.add(f"{path.name}:{name}")
     ledger = (root / "README.md").read_text().split("\n## Ledger", 1)[1].split("\n## ", 1)[0]
