@@ -140,8 +140,8 @@ def read_weights(source, option):
         return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True, file_name=name,
                                                   check_hash="download.pytorch.org" in source)
     except Exception as e:
-        raise InputError(f"{source}: cannot download it ({e}); fetch it elsewhere and give {option} FILE, "
-                         f"or start from random weights with {option} none") from None
+        raise InputError(f"{source}: cannot download it ({e}); fetch it elsewhere and save it as "
+                         f"{torch.hub.get_dir()}/checkpoints/{name}, or start from random weights with {option} none") from None
 
 
 @dataclass
@@ -484,6 +484,12 @@ def resize_short_side(image, base):
     return image.resize([max(1, round(s * side)) for side in image.size], Image.Resampling.BILINEAR)
 
 
+def spread(total, count):
+    """`count` indices (all if there are fewer) spread evenly over `total` images: neighbours show the same scene."""
+    count = min(count or total, total)
+    return [i * total // count for i in range(count)]
+
+
 class EvalImages(torch.utils.data.Dataset):
     """The images of a split at evaluation scale with labels at their own: (3,h,w) uint8, (H,W) uint8, name."""
 
@@ -501,9 +507,14 @@ class EvalImages(torch.utils.data.Dataset):
         return torch.from_numpy(image.copy()), torch.from_numpy(label), name
 
 
+@lru_cache
+def _mean_std(device):
+    return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+
+
 def normalise(images):
     """uint8 RGB (B,3,H,W) -> float32, ImageNet mean 0 and deviation 1, on the images' device."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = _mean_std(images.device)
     return (images.float() / 255 - mean) / std
 
 

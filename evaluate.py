@@ -10,6 +10,7 @@ IoU = TP / (TP + FP + FN), mean over the classes that occur in labels or predict
 """
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -18,11 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torchvision.utils import draw_segmentation_masks
 
 from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, command, load_checkpoint, normalise, open_dataset, progress,
-                  resize_short_side, write_atomically)
+                  resize_short_side, spread, write_atomically)
 from student import VARIANTS, Student, count_parameters
 from teacher import CHANNELS, Teacher
 
@@ -89,13 +90,12 @@ def default_stride(window):
 
 def evaluate(model, data, split, base, window, device, stride=None, flip=False, batch=8, images=None,
              desc="evaluating"):
-    """Confusion matrix (K,K) of `model` on the first `images` (default: all) of a split.
+    """Confusion matrix (K,K) of `model` on `images` (default: all) images of a split.
 
     With several processes each takes every n-th image, once, and the counts are added up.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    count = min(images or len(data.pairs[split]), len(data.pairs[split]))
-    dataset = EvalImages(data, split, base, range(rank, count, processes))
+    dataset = EvalImages(data, split, base, spread(len(data.pairs[split]), images)[rank::processes])
     matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
@@ -123,9 +123,8 @@ def colourise(image, classes_map, palette):
 
 def strip(data, split, base, window, models, device, images=4):
     """Picture: a row for each of `images` images spread over the split; columns image | label | `models` (name -> network)."""
-    count = len(data.pairs[split])
     rows = []
-    for index in sorted({round(i * (count - 1) / max(1, images - 1)) for i in range(images)}):
+    for index in spread(len(data.pairs[split]), images):
         image, label, _ = EvalImages(data, split, base, [index])[0]
         columns = {"image": image, "label": colourise(image, _to_size(label, image), data.palette)}
         for name, model in models.items():
@@ -220,8 +219,9 @@ def _evaluate_checkpoint(args, model, state, device):
     matrix = evaluate(model, data, args.split, state["base"], window, device, args.stride, args.flip, args.batch_size)
     result = scores(matrix)
     print(table([(state["name"], count_parameters(model), result)], data.classes))
-    # only the standard protocol is compared, and never the step that was chosen on val
-    if window == state["window"] and not (args.stride or args.flip) and Path(args.checkpoint).name != "best.pt":
+    # only the standard protocol on the run's own data is compared, and never the step that was chosen on val
+    own = data.name == state["dataset"] and (not args.data or os.path.abspath(args.data) == state.get("data"))
+    if own and window == state["window"] and not (args.stride or args.flip) and Path(args.checkpoint).name != "best.pt":
         write_json(Path(args.checkpoint).with_name(f"results-{args.split}.json"),
                    result | {k: state.get(k) for k in ("label", "method", "seed", "conditions", "classes", "step")})
     if args.pictures:
@@ -237,13 +237,15 @@ def _overlays(args, model, state, device):
         files += sorted(p for p in item.iterdir() if p.suffix.lower() in SUFFIXES) if item.is_dir() else [item]
     if not files:
         raise InputError(f"{args.image[0]}: no .jpg or .png in it")
+    if len({p.stem for p in files}) < len(files):
+        raise InputError("two --image files share their name but for folder or ending, and so their picture; colour them apart")
     out = Path(args.pictures or "pictures")
     if out.resolve() in {p.resolve().parent for p in files}:
         raise InputError(f"{out}: holds the images themselves, which would be overwritten; give another --pictures")
     out.mkdir(parents=True, exist_ok=True)
     for path in progress(files, desc=f"overlays to {out}", unit="images"):
         try:
-            image = Image.open(path).convert("RGB")
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         except OSError as e:
             raise InputError(f"{path}: not a readable image ({e.strerror or e}); give another --image") from None
         small = torch.from_numpy(np.array(resize_short_side(image, state["base"]))).permute(2, 0, 1)
@@ -278,8 +280,9 @@ def _export(args, model, state):
         difference = (again(x) - bare(x)).abs().max().item()
     print(f"{args.export}: {Path(args.export).stat().st_size / 1e6:.1f} MB, largest difference to the original {difference:.1e}")
     networks = {state["name"]: model}
-    if state.get("conditions"):  # a student: its teacher costs the same whatever its weights are
-        networks[state["conditions"]["teacher"]] = Teacher(state["conditions"]["teacher"], len(state["classes"])).eval()
+    teacher = (state.get("conditions") or {}).get("teacher")
+    if teacher:  # it costs the same whatever its weights are
+        networks[teacher] = Teacher(teacher, len(state["classes"])).eval()
     for name, network in networks.items():
         print(f"{name}: {count_parameters(network):,} parameters, {_milliseconds(network, x):.0f} ms for one "
               f"{x.shape[2]}x{x.shape[3]} image on this CPU")

@@ -6,7 +6,7 @@ Pure functions: tensors in, one unweighted scalar out. Student tensors carry gra
     --------  ----------------  ---------------------------------------------------------  ------------
     x, y      labels            label map, 255 = ignore                                    B,H,W
     z^S, z^T  z_S, z_T          logits, upsampled bilinearly to the label's size           B,K,H,W
-    F^S, F^T  (student, teacher) last encoder features                                     B,C,h,w
+    F^S, F^T  feature, F_T      last encoder features                                      B,C,h,w
     V^S, V^T  V_S, V_T          A_v(F^S) and F^T, both resized bilinearly to crop/16       B,C_T,h,w
     e^S, e^T  e_S, e_T          A_l(F^S) and P(F^T), visual-linguistic embeddings          B,512
     p_t       log_p_t           log of the target's probability, p[y]                      B,H,W
@@ -40,11 +40,16 @@ def upsample(x, size):
 
 
 def all_sum(x):
-    """Sum over processes, differentiable; x itself where there is one process."""
+    """Sum over processes, x itself where there is one.
+
+    Its gradient in a process's own x is that of all processes together, for what is computed from the sum is the
+    same in each of them; DistributedDataParallel then averages.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return x
-    import torch.distributed.nn.functional as differentiable
-    return differentiable.all_reduce(x)
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total + dist.get_world_size() * (x - x.detach())
 
 
 def masked_mean(values, mask):
@@ -126,6 +131,14 @@ def margin(z, labels):
     z_t = z.gather(1, target)
     z_nt = z.scatter(1, target, -torch.inf).logsumexp(1, keepdim=True)
     return (z_t - z_nt)[:, 0]
+
+
+def full_size_margin(z, labels):
+    """Margins (B,H,W) of logits (B,K,h,w) upsampled to the labels' size.
+
+    An image at a time: the K full-size channels are the largest tensors of a step.
+    """
+    return torch.cat([margin(upsample(a, labels.shape[1:]), y) for a, y in zip(z.split(1), labels.split(1))])
 
 
 def pdd_loss(m_S, m_T, labels, kl="forward"):

@@ -212,7 +212,7 @@ class WithHeads(nn.Module):
         super().__init__()
         self.student, self.heads = student, None
         if c_teacher is not None:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):  # drawn on the CPU
                 torch.manual_seed(seed)
                 self.heads = ProjectionHeads(student.channels, c_teacher)
 

@@ -82,7 +82,7 @@ def initialise(teacher, name, source):
         # torchvision's MobileNetV3 file calls layer 0 "features.0", its segmentation backbone "0"
         state = {k.removeprefix("features."): v for k, v in state.items()}
         aside = sorted(set(state) - set(wanted))
-        # strict; only num_batches_tracked, which old files lack, may be missing
+        # strict; num_batches_tracked, which old files lack, BatchNorm supplies itself
         teacher.backbone.load_state_dict({k: v for k, v in state.items() if k in wanted})
         print(f"teacher backbone: ImageNet; not loaded: {', '.join(aside)}")
     elif source == "voc":

@@ -14,10 +14,11 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 import losses
 from data import (DATASETS, EvalImages, InputError, Interrupted, TrainStream, command, load_checkpoint, normalise, open_dataset,
-                  progress, write_atomically)
+                  progress, spread, write_atomically)
 from evaluate import evaluate, load_network, scores, strip, table, write_json
 from student import VARIANTS, Student, WithHeads, count_parameters, load_encoder
 from teacher import CHANNELS, PoolFitter, Teacher, average_precision, initialise, load_clip_pool, presence
@@ -39,8 +40,8 @@ RECIPES = {
     # base: short side at scale 1, training and evaluation alike; scale: range of the random resizing.
     # paper: unstated; how its teacher was trained, and every schedule but that of Cityscapes
     # Student: AdamW 6e-5 and polynomial decay are the paper's, weight decay 0.01, warm-up 1,500 steps and
-    # scale 0.5-2.0 the release's. Crop, batch, steps: the paper's for Cityscapes; the release's batch for VOC
-    # (its 3,670 steps are a script's default; 40,000 are the field's); the field's for ADE20K.
+    # scale 0.5-2.0 the release's. Crop, batch, steps: the paper's for Cityscapes, the field's for VOC (the
+    # release's 6 a GPU and 3,670 steps are a script's defaults) and ADE20K.
     # Teacher: steps ours. The two CPU recipes are ours throughout.
     "cityscapes": dict(base=1024, crop=512, scale=(0.5, 2.0), batch_size=24, steps=50_000, warmup=1500,
                        teacher="deeplabv3_resnet101", teacher_weights="imagenet", teacher_steps=40_000, pool_steps=2000,
@@ -79,7 +80,7 @@ def parse_options(argv=None):
     g.add_argument("--name", metavar="NAME", help="folder, table row (default METHOD-STUDENT-seedN)")
     g = p.add_argument_group("teacher")
     g.add_argument("--teacher", choices=CHANNELS, help="*")
-    g.add_argument("--teacher-weights", metavar="W", help="* imagenet | none | voc (a finished VOC model) | FILE (our finished last.pt)")
+    g.add_argument("--teacher-weights", metavar="W", help="* imagenet | none | voc (finished: COCO, VOC's classes) | FILE (our finished last.pt)")
     g.add_argument("--teacher-steps", type=int, metavar="N", help="*")
     g.add_argument("--teacher-lr", type=float, metavar="X", help="default 0.01 (SGD) from ImageNet, 0.001 (AdamW) from random weights")
     g.add_argument("--pool-steps", type=int, metavar="N", help="* steps that fit the attention pool")
@@ -133,6 +134,10 @@ def parse_options(argv=None):
         raise InputError("--lr and --teacher-lr must be above 0")
     if args.val_every is not None and args.val_every < 1:
         raise InputError(f"--val-every {args.val_every}: must be at least 1")
+    if args.kl == "reverse" and args.method != "c2vkd":
+        raise InputError(f"--kl reverse: {args.method} has no direction to choose; it goes with --method c2vkd")
+    if args.clip and args.method not in ("c2vkd", "teacher"):
+        raise InputError(f"--clip: {args.method} uses no attention pool; it goes with --method c2vkd")
     if args.teacher_weights == "voc" and args.dataset != "voc":
         raise InputError("--teacher-weights voc: that model knows VOC's classes only; use imagenet, none or a FILE")
     args.term_weights = term_weights(args)
@@ -147,10 +152,10 @@ def term_weights(args):
     for item in args.weights:
         name, _, value = item.partition("=")
         try:
-            weights[{n: n for n in weights}[name]] = float(value)
-            if not math.isfinite(float(value)):
+            if name not in weights or not math.isfinite(float(value)):
                 raise ValueError
-        except (KeyError, ValueError):
+            weights[name] = float(value)
+        except ValueError:
             raise InputError(f"--weights {item}: {args.method} takes {' '.join(f'{n}=NUMBER' for n in weights)}"
                              + (" or the word released" if args.method == "c2vkd" else "")) from None
     return weights
@@ -164,7 +169,7 @@ class Stage:
     name: str
     folder: Path
     module: torch.nn.Module
-    terms: object
+    terms: Callable
     weights: dict
     optimizer: torch.optim.Optimizer
     steps: int
@@ -232,7 +237,7 @@ def build_pool_stage(args, data, teacher):
             _, F_T, _ = teacher(images)
         return {"bce": F.binary_cross_entropy_with_logits(net(F_T).float(), presence(labels, len(data.classes)))}
 
-    optimizer = torch.optim.AdamW(fitter.parameters(), 3e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(fitter.parameters(), 3e-4, weight_decay=0.01)  # ours
     return Stage("pool", teacher_folder(args) / "pool", fitter, terms, {"bce": 1.0}, optimizer, args.pool_steps, 1.0,
                  common_conditions(args, data) | {"pool_steps": args.pool_steps})
 
@@ -269,15 +274,15 @@ def c2vkd_terms(net, teacher, pool, images, labels, kl):
     """The unweighted terms of Eq. 10 for one batch."""
     size = labels.shape[1:]  # crop, crop
     # paper: unstated; crop/16 positions a side, which is the release's 32x32 at 512
-    visual = (max(1, size[0] // 16), max(1, size[1] // 16))
+    grid = (max(1, size[0] // 16), max(1, size[1] // 16))
     with torch.no_grad():
         z_T, F_T, _ = teacher(images)
-        m_T = losses.margin(losses.upsample(z_T, size), labels)  # B,H,W: all that PDD needs of the teacher
-        V_T = losses.upsample(F_T, visual)
+        m_T = losses.full_size_margin(z_T, labels)  # B,H,W: all that PDD needs of the teacher
+        V_T = losses.upsample(F_T, grid)
         e_T = pool(F_T)
-    z_S, _, _, A_v, e_S = net(images)
-    V_S = losses.upsample(A_v, visual)
-    m_S = losses.margin(losses.upsample(z_S, size), labels)
+    z_S, _, _, projected, e_S = net(images)
+    V_S = losses.upsample(projected, grid)
+    m_S = losses.full_size_margin(z_S, labels)
     return {"pdd": losses.pdd_loss(m_S, m_T, labels, kl),
             "gb": losses.global_visual_loss(V_S, V_T, kl),
             "pc": losses.patch_loss(V_S, V_T),
@@ -306,10 +311,12 @@ def baseline_terms(net, teacher, images, labels, weights, classes):
 def run_stage(stage, args, data):
     """Train a stage to its end, continuing from its last.pt if there is one."""
     step, seed, best, pending = resume(stage, args)
+    if step < stage.steps and args.rank == 0:
+        write_json(stage.folder / "options.json", {k: v for k, v in vars(args).items() if k != "device"})
     log = Log(stage, args, step)
     saved = time.monotonic()
     if step == 0 and stage.encoder is not None:
-        log.write(0, [], [], stage, args, validation(stage, args, data, 0))
+        log.write(0, [], [], stage, validation(stage, args, data, 0))
     stage.module.train()
     bar = progress(loader(args, data, seed, step, stage.steps), desc=stage.name, total=stage.steps, initial=step,
                    unit="step", disable=args.rank > 0)
@@ -321,7 +328,9 @@ def run_stage(stage, args, data):
 
         images, labels = to_device(images, labels, args)
         report = stage.encoder is not None and (step % args.report_every == 0 or step == stage.steps - 1)
-        with precision(args, eager=report):
+        if args.compile:  # compiled graphs free what a second backward pass, the report's, would need
+            torch.compiler.set_stance("force_eager" if report else "default")
+        with precision(args):
             terms = stage.terms(images, labels)  # teacher, student, losses
             loss = losses.total_loss(terms, stage.weights)
         norms = gradient_norms(terms, stage.encoder, args.processes) if report else {}
@@ -342,7 +351,7 @@ def run_stage(stage, args, data):
             best = miou
             save_best(stage, args, step)
         if validate or step % args.log_every == 0:
-            bar.set_postfix(log.write(step, pending, list(terms), stage, args, miou))
+            bar.set_postfix(log.write(step, pending, list(terms), stage, miou))
             pending.clear()
         if keep:
             save(stage, args, step, seed, best, pending)
@@ -382,12 +391,8 @@ def to_device(images, labels, args):
     return images, labels.to(args.device, non_blocking=True).long()
 
 
-def precision(args, eager=False):
-    """bf16 autocast on CUDA, float32 on a CPU; `eager` runs compiled networks uncompiled (for the term report)."""
-    if args.compile and eager:
-        torch.compiler.set_stance("force_eager")
-    elif args.compile:
-        torch.compiler.set_stance("default")
+def precision(args):
+    """bf16 autocast on CUDA, float32 on a CPU."""
     return torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.gpus))
 
 
@@ -436,7 +441,7 @@ class Log:
                 writer.writeheader()
             writer.writerows(rows)
 
-    def write(self, step, pending, names, stage, args, miou=None):
+    def write(self, step, pending, names, stage, miou=None):
         """Append a row from the pending steps; returns the weighted means, for the progress bar."""
         row = {"step": step, "val_miou": f"{miou:.3f}"} if miou is not None else {"step": step}
         weighted = {}
@@ -508,7 +513,14 @@ def resume(stage, args):
     refuse_other_conditions(stage, state["stage_conditions"], path)
     stage.module.load_state_dict(state["module"])
     stage.optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["run_seed"], state["best"], state["pending"]
+    pending = [(step, files, values.to(args.device), norms) for step, files, values, norms in state["pending"]]
+    return state["step"], state["run_seed"], state["best"], pending
+
+
+def leave():
+    """End the process group; not after an error in one process, while the others wait in a collective."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def barrier():
@@ -530,7 +542,10 @@ class Stop:
     @classmethod
     def listen(cls):
         def ask(*_):
+            if cls.asked:
+                raise KeyboardInterrupt
             cls.asked = True
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
         signal.signal(signal.SIGINT, ask)
         signal.signal(signal.SIGTERM, ask)
 
@@ -549,7 +564,10 @@ class Stop:
 # ---------------------------------------------------------------- the three stages in a row
 
 def finished_teacher(args, data):
-    """The frozen teacher of --teacher-weights FILE or voc, or of its own folder once trained; its state or None."""
+    """The frozen teacher of --teacher-weights FILE or voc; None where stage 1 must train it.
+
+    Raises InputError for another network or other classes.
+    """
     if args.teacher_weights == "voc":
         teacher = Teacher(args.teacher, len(data.classes))
         initialise(teacher, args.teacher, "voc")
@@ -568,10 +586,11 @@ def report_pool(fitter, teacher, args, data):
     outputs, truth = [], []
     fitter.eval()
     with torch.no_grad():
-        for i in range(min(args.val_images, len(data.pairs["val"]))):
+        for i in spread(len(data.pairs["val"]), args.val_images):
             image, label, _ = EvalImages(data, "val", args.base, [i])[0]
             label = F.interpolate(label[None, None].float(), image.shape[1:], mode="nearest-exact")[0].long()
-            image, label = image[:, :args.crop, :args.crop], label[:, :args.crop, :args.crop]
+            y, x = (max(0, side - args.crop) // 2 for side in image.shape[1:])
+            image, label = (t[:, y:y + args.crop, x:x + args.crop] for t in (image, label))
             pad = (0, args.crop - image.shape[2], 0, args.crop - image.shape[1])
             image = F.pad(normalise(image[None].to(args.device)), pad)
             outputs.append(fitter(teacher(image)[1]))
@@ -642,6 +661,7 @@ def train(args):
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {args.processes} processes")
     given = finished_teacher(args, data)
     announce(args, data, given is not None)
+    Stop.listen()
 
     if given is None:
         stage = build_teacher_stage(args, data)
@@ -659,9 +679,6 @@ def train(args):
     if args.method != "teacher":
         stage = build_student_stage(args, data, teacher, pool)
         folder = stage.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        if args.rank == 0:
-            write_json(folder / "options.json", {k: v for k, v in vars(args).items() if k != "device"})
         if args.compile:
             teacher.compile()
             stage.module.compile()
@@ -669,7 +686,9 @@ def train(args):
         rows.append((f"student {args.method} {args.student}", count_parameters(stage.network),
                      json.loads((folder / "results-val.json").read_text())))
     if args.rank == 0:
-        summary(rows, folder, data, args)
+        print("\n" + table(rows, data.classes))
+        if (folder / "log.csv").exists():  # a teacher that was given has none
+            summary(folder, args)
 
 
 def finished_pool(args, data, teacher):
@@ -697,9 +716,8 @@ def print_main(args, text):
         print(text, flush=True)
 
 
-def summary(rows, folder, data, args):
-    """The final table, the term report, curves.png where matplotlib is installed, and where everything lies."""
-    print("\n" + table(rows, data.classes))
+def summary(folder, args):
+    """The term report, curves.png where matplotlib is installed, and where everything lies."""
     with open(folder / "log.csv", newline="") as f:
         log = list(csv.DictReader(f))
     last = [r for r in log if any(v for k, v in r.items() if k.startswith("grad_"))][-1:]
@@ -735,8 +753,8 @@ def curves(log, folder):
 
 def launch(args):
     """--gpus N > 1: this script again under torch.distributed.run, one process a GPU."""
-    sys.exit(subprocess.call([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                              "--nproc-per-node", str(args.gpus), *sys.argv]))
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                              "--nproc-per-node", str(args.gpus), *sys.argv])
 
 
 def main():
@@ -748,21 +766,22 @@ def main():
     if args.gpus:
         torch.cuda.set_device(args.device)
     if args.processes > 1:
-        dist.init_process_group("nccl" if args.gpus else "gloo")
+        # the others wait while one process draws, downloads or scores
+        dist.init_process_group("nccl" if args.gpus else "gloo", timeout=timedelta(hours=6))
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    Stop.listen()
     try:
         train(args)
+        leave()
+    except Interrupted:
+        leave()
+        raise
     except RuntimeError as e:
         if "DataLoader worker" in str(e):
             raise InputError("a loader process died (out of memory?): "
                              "run the same command again with fewer --workers") from None
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """What a training step, each loss and the loader cost on this machine: python -m tests.benchmark
 
-On a GPU the ADE20K recipe (512x512, 150 classes, batch 16, bf16), on a CPU a small one. Times are medians, memory is the peak
-above what was allocated before. Literal forms are the equations as they are written.
+ADE20K's sizes on a GPU, small ones on a CPU. Times are medians, memory is the peak above what was allocated before.
 """
 import argparse
-import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,13 +12,12 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import losses
 import train
-from data import DataSet
+from data import DataSet, draw_shapes
 from student import Student, WithHeads
-from teacher import AttentionPool, Teacher
+from teacher import CHANNELS, AttentionPool, Teacher
 
 K = 150  # classes
 SIZES = {"full": dict(teacher="deeplabv3_resnet101", student="mit_b0", crop=512, batch_size=16, images=16, repeats=20),
@@ -28,20 +26,21 @@ SIZES = {"full": dict(teacher="deeplabv3_resnet101", student="mit_b0", crop=512,
 
 def measure(name, function, args):
     """Print and return the median milliseconds and, on CUDA, the peak MB of a call; NaN where memory is too short."""
-    times, peak = [], torch.nan
-    synchronise = torch.cuda.synchronize if args.gpus else lambda: None
+    cuda, times, peak = torch.cuda, [], torch.nan
     try:
         for _ in range(args.repeats + 3 * args.gpus + 1):
             if args.gpus:
-                torch.cuda.reset_peak_memory_stats()
-            before, begin = torch.cuda.memory_allocated(), time.perf_counter()
+                cuda.reset_peak_memory_stats()
+                before = cuda.memory_allocated()
+            begin = time.perf_counter()
             function()
-            synchronise()
+            if args.gpus:
+                cuda.synchronize()
+                peak = (cuda.max_memory_allocated() - before) / 2 ** 20
             times.append(1000 * (time.perf_counter() - begin))
-            peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    except torch.cuda.OutOfMemoryError:
+    except cuda.OutOfMemoryError:
         times, peak = [torch.nan], torch.nan
-    cost = sorted(times[-args.repeats:])[len(times[-args.repeats:]) // 2], peak  # the first ones warm up
+    cost = statistics.median(times[-args.repeats:]), peak  # the first ones warm up
     print(f"  {name:60s}{cost[0]:10.2f} ms" + (f"{cost[1]:10.0f} MB" if args.gpus else ""), flush=True)
     return cost
 
@@ -54,46 +53,29 @@ def steps(args):
     optimizer, optimizer_taught = (torch.optim.AdamW(m.parameters(), 6e-5, fused=bool(args.gpus)) for m in (alone, taught))
     shape = args.batch_size, args.crop, args.crop
     images, labels = train.to_device(torch.randint(0, 256, (shape[0], 3, *shape[1:])), torch.randint(0, K, shape), args)
-
-    def teach():
-        with torch.no_grad(), train.precision(args):
-            teacher(images)
+    precise = train.precision(args)  # as a decorator
+    teach = torch.no_grad()(precise(lambda: teacher(images)))
+    cross_entropy = precise(lambda: train.baseline_terms(alone, None, images, labels, {"ce": 1.0}, K)["ce"])
+    terms = precise(lambda: train.c2vkd_terms(taught, teacher, pool, images, labels, "forward"))
 
     def learn_alone():
-        with train.precision(args):
-            loss = train.baseline_terms(alone, None, images, labels, {"ce": 1.0}, K)["ce"]
         alone.zero_grad()
-        loss.backward()
+        cross_entropy().backward()
 
     def whole_step():
-        with train.precision(args):
-            terms = train.c2vkd_terms(taught, teacher, pool, images, labels, "forward")
-            loss = losses.total_loss(terms, losses.METHODS["c2vkd"])
         taught.zero_grad()
-        loss.backward()
+        losses.total_loss(terms(), losses.METHODS["c2vkd"]).backward()
         optimizer_taught.step()
 
     print(f"\none step: {args.teacher} -> {args.student}, {' x '.join(map(str, shape))}, {K} classes")
-    parts = {"teacher, forward": teach, "student, cross-entropy, forward and backward": learn_alone, "student, optimiser": optimizer.step}
-    floor = sum(measure(*part, args)[0] for part in parts.items())
+    parts = {"teacher, forward": teach, "student, cross-entropy, forward and backward": learn_alone, "student, AdamW": optimizer.step}
+    floor = sum(measure(name, part, args)[0] for name, part in parts.items())
     return measure("C2VKD: teacher, student, losses, backward, optimiser", whole_step, args)[0] / floor
 
 
-def literal_patch(V_S, V_T):
-    X, Y = losses.patch_rows(V_S), losses.patch_rows(V_T)
-    return (X @ X.T - Y @ Y.T).square().mean()  # N x N
-
-
-def literal_pdd(z_S, z_T, labels):
-    onehot = F.one_hot(labels, K).movedim(-1, 1)  # B,K,H,W; every pixel is labelled here
-    (p_t, p_nt), (q_t, q_nt) = (((p * onehot).sum(1), (p * (1 - onehot)).sum(1)) for p in (z_S.softmax(1), z_T.softmax(1)))
-    q_t, q_nt = (q_t + 1) / 2, q_nt / 2
-    return 0.5 * (q_t * (q_t / p_t).log() + q_nt * (q_nt / p_nt).log()).mean()
-
-
 def single_losses(args):
-    """Each loss, forward and backward, beside its literal form; returns the lines of ratios."""
-    lines = []
+    """Each loss, forward and backward, beside the equations as they are written; returns the lines of ratios."""
+    lines, c_teacher = [], CHANNELS[args.teacher]
 
     def compare(name, shape, ours, **others):
         S, T = torch.randn(shape, device=args.device).requires_grad_(), torch.randn(shape, device=args.device)
@@ -103,51 +85,58 @@ def single_losses(args):
             lines.append((f"{name}: {form} / ours", *(o / c for o, c in zip(other, cost))))
             assert form != "literal" or other[0] != other[0] or torch.allclose(function(S, T), ours(S, T), rtol=1e-3)
 
-    side, c_teacher = 32, train.CHANNELS[args.teacher]
-    print(f"\nlosses alone, forward and backward, float32; features {args.images} x C x {side} x {side}, N = {args.images * side ** 2}")
+    def literal_patch(V_S, V_T):
+        X, Y = losses.patch_rows(V_S), losses.patch_rows(V_T)
+        return (X @ X.T - Y @ Y.T).square().mean()  # N x N
+
+    def literal_pdd(z_S, z_T):
+        onehot = F.one_hot(labels, K).movedim(-1, 1)  # B,K,H,W; every pixel is labelled here
+        (p_t, p_nt), (q_t, q_nt) = (((p * onehot).sum(1), (p * (1 - onehot)).sum(1)) for p in (z_S.softmax(1), z_T.softmax(1)))
+        q_t, q_nt = (q_t + 1) / 2, q_nt / 2
+        return 0.5 * (q_t * (q_t / p_t).log() + q_nt * (q_nt / p_nt).log()).mean()
+
+    print(f"\nlosses alone, forward and backward, float32; features {args.images} x C x 32 x 32")
     for C in (256, c_teacher):
-        compare(f"patch, C = {C}", (args.images, C, side, side), losses.patch_loss, literal=literal_patch)
-    compare(f"global visual, C = {c_teacher}", (args.images, c_teacher, side, side), losses.global_visual_loss)
+        compare(f"patch, C = {C}", (args.images, C, 32, 32), losses.patch_loss, literal=literal_patch)
+    compare(f"global visual, C = {c_teacher}", (args.images, c_teacher, 32, 32), losses.global_visual_loss)
     compare(f"linguistic, {args.batch_size} x 512", (args.batch_size, 512), losses.linguistic_loss)
-    shape = args.batch_size, K, args.crop, args.crop
-    labels = torch.randint(0, K, (shape[0], *shape[2:]), device=args.device)
-    compare(f"PDD of logits {' x '.join(map(str, shape))}", shape,
-            lambda S, T: losses.pdd_loss(losses.margin(S, labels), losses.margin(T, labels), labels),
-            literal=lambda S, T: literal_pdd(S, T, labels), cross_entropy=lambda S, T: F.cross_entropy(S, labels))
+    labels = torch.randint(0, K, (args.batch_size, args.crop, args.crop), device=args.device)
+    pdd = lambda z_S, z_T: losses.pdd_loss(losses.margin(z_S, labels), losses.margin(z_T, labels), labels)
+    compare("PDD of full-size logits", (args.batch_size, K, args.crop, args.crop), pdd, literal=literal_pdd,
+            cross_entropy=lambda z_S, _: F.cross_entropy(z_S, labels))
     return lines
 
 
 def loading(args):
     """Images a second of the training stream, JPEG and PNG decoding included."""
-    print("\nloader, JPEG 683 x 512, resized by 0.5-2.0, crops of 512")
+    print("\nloader, JPEG 512 x 512, resized by 0.5-2.0, crops of 512")
     with tempfile.TemporaryDirectory() as folder:
-        small = np.random.default_rng(0).integers(0, K, (64, 86, 3), np.uint8)
-        Image.fromarray(small).resize((683, 512), Image.Resampling.BICUBIC).save(f"{folder}/image.jpg")
-        Image.fromarray(small[::8, ::8, 0]).resize((683, 512), Image.Resampling.NEAREST).save(f"{folder}/label.png")
-        data = DataSet("", range(K), [], {"train": [(f"{folder}/image.jpg", f"{folder}/label.png")]}, np.arange(256))
-        for workers in (0, os.cpu_count()):
+        files = f"{folder}/image.jpg", f"{folder}/label.png"
+        for picture, file in zip(draw_shapes(0, 0, 512), files):
+            picture.save(file)
+        data = DataSet("", range(K), [], {"train": [files]}, np.arange(256))
+        for workers in (0, torch.multiprocessing.cpu_count()):
             stream = argparse.Namespace(**vars(args) | dict(base=512, crop=512, scale=(0.5, 2.0), batch_size=4, workers=workers))
             batches = iter(train.loader(stream, data, 0, 0, 5 + 10 * workers))
             next(batches)  # the workers run
             begin = time.perf_counter()
-            count = sum(len(images) for images, *_ in batches)
-            print(f"  {f'{workers} workers':60s}{count / (time.perf_counter() - begin):10.1f} images a second", flush=True)
+            rate = sum(4 for _ in batches) / (time.perf_counter() - begin)
+            print(f"  {f'{workers} workers':60s}{rate:10.1f} images a second", flush=True)
 
 
 def first_step():
     """One C2VKD step at the size of `shapes`, on the CPU."""
-    teacher, pool = Teacher("deeplabv3_resnet10", 8).freeze(), AttentionPool(512, 2).requires_grad_(False)
-    images, labels = torch.randn(8, 3, 64, 64), torch.randint(0, 8, (8, 64, 64))
-    terms = train.c2vkd_terms(WithHeads(Student("mit_nano", 8), 512), teacher, pool, images, labels, "forward")
+    student, teacher, pool = WithHeads(Student("mit_nano", 8), 512), Teacher("deeplabv3_resnet10", 8).freeze(), AttentionPool(512, 2)
+    terms = train.c2vkd_terms(student, teacher, pool, torch.randn(8, 3, 64, 64), torch.randint(0, 8, (8, 64, 64)), "forward")
     losses.total_loss(terms, losses.METHODS["c2vkd"]).backward()
 
 
-def main():
-    parser = argparse.ArgumentParser(usage="python -m tests.benchmark [options]", description="What a step costs on this machine.")
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(usage="python -m tests.benchmark [options]")
     parser.add_argument("--size", choices=SIZES, help="default: full on a GPU, small on a CPU")
     size, gpus = parser.parse_args().size, min(1, torch.cuda.device_count())
-    args = argparse.Namespace(**SIZES[size or ("full" if gpus else "small")], device=torch.device("cuda" if gpus else "cpu"), gpus=gpus,
-                              rank=0, processes=1, compile=False)
+    args = argparse.Namespace(**SIZES[size or ("full" if gpus else "small")], device=torch.device("cuda" if gpus else "cpu"),
+                              gpus=gpus, rank=0, processes=1, compile=False)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, networks in bf16 autocast" if gpus else
           f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; memory: not measured on a CPU")
     ratios = [("C2VKD step / (teacher forward + student alone)", steps(args))] + single_losses(args)
@@ -158,7 +147,3 @@ def main():
     print("\nratios: time" + ", memory" * gpus)
     for name, *values in ratios:
         print(f"  {name:60s}" + "".join(f"{v:10.2f}" for v in values if v == v))
-
-
-if __name__ == "__main__":
-    main()

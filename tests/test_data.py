@@ -343,7 +343,8 @@ def test_an_address_that_does_not_answer_properly_is_an_input_error(tmp_path, mo
 
 
 @pytest.mark.parametrize("name", ("voc.zip", "voc.tar"))
-@pytest.mark.parametrize("extra", (("VOCdevkit/../../evil",), ("/evil",), ("VOCdevkit/link", "/etc")), ids=("up", "absolute", "link"))
+@pytest.mark.parametrize("extra", (("VOCdevkit/../../evil",), ("/evil",), ("VOCdevkit/link", "/etc")),
+                         ids=("up", "absolute", "link"))
 def test_an_archive_that_leads_outside_is_refused_before_it_is_unpacked(tmp_path, serve, name, extra):
     serve(packed(tmp_path, name, extra), name=name)
     with pytest.raises(InputError, match="refused, its member .* is a link or leads outside"):
@@ -367,7 +368,8 @@ def run_check(root, monkeypatch, capsys):
 
 def test_check_lists_every_fault_and_returns_2(tmp_path, monkeypatch, capsys):
     root = put_folder(tmp_path, [np.zeros((8, 8))] * 6)
-    assert run_check(root, monkeypatch, capsys)[:2] == (0, "train: 6 images, val: 6 images, test: 0 images, 3 classes, 0 faulty\n")
+    code, out, _ = run_check(root, monkeypatch, capsys)
+    assert (code, out) == (0, "train: 6 images, val: 6 images, test: 0 images, 3 classes, 0 faulty\n")
     (root / "labels" / "train" / "0.png").unlink()
     (root / "labels" / "val" / "1.png").unlink()
     put(root / "labels" / "train" / "2.png", np.zeros((8, 9)))
@@ -377,7 +379,8 @@ def test_check_lists_every_fault_and_returns_2(tmp_path, monkeypatch, capsys):
     image.write_bytes(image.read_bytes()[:50])
     code, out, last = run_check(root, monkeypatch, capsys)
     assert code == 2
-    for path, fault in (("labels/train/0.png", "no such file"), ("labels/val/1.png", "no such file"), ("labels/train/2.png", "9x8"),
-                        ("labels/train/3.png", "3 (64 pixels)"), ("labels/train/4.png", "mode RGB"), ("images/val/5.png", "truncated")):
+    for path, fault in (("labels/train/0.png", "no such file"), ("labels/val/1.png", "no such file"),
+                        ("labels/train/2.png", "9x8"), ("labels/train/3.png", "3 (64 pixels)"),
+                        ("labels/train/4.png", "mode RGB"), ("images/val/5.png", "truncated")):
         assert [line for line in out.splitlines() if path in line and fault in line], path
     assert last == "error: 6 faulty files are listed above; mend or remove them"

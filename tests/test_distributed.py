@@ -1,7 +1,6 @@
 """Two processes are one: same gradients, same scores, same stream, same files; and who starts them."""
 import multiprocessing
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -193,13 +192,17 @@ def test_what_is_not_finite_in_one_process_stops_all_before_anything_is_saved(fo
 def started(monkeypatch):
     """train.main without its work: what it asked for."""
     calls = SimpleNamespace(call=[], group=[], args=None)
+
+    def replaced(program, command):
+        calls.call.append((program, command))
+        raise SystemExit(3)  # the process is theirs from here on
+
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    monkeypatch.setattr(train.Stop, "listen", lambda: None)
-    monkeypatch.setattr(subprocess, "call", lambda command: calls.call.append(command) or 3)
-    monkeypatch.setattr(dist, "init_process_group", calls.group.append)
+    monkeypatch.setattr(os, "execv", replaced)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: calls.group.append(backend))
     monkeypatch.setattr(train, "train", lambda args: setattr(calls, "args", args))
     return calls
 
@@ -208,9 +211,9 @@ def test_two_gpus_start_two_processes_with_the_same_options(started, monkeypatch
     monkeypatch.setattr(sys, "argv", ["train.py", "--gpus", "2", "--seed", "5"])
     with pytest.raises(SystemExit) as stop:
         train.main()
-    assert stop.value.code == 3  # theirs
-    assert started.call == [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                             "train.py", "--gpus", "2", "--seed", "5"]]
+    assert stop.value.code == 3
+    assert started.call == [(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                                              "2", "train.py", "--gpus", "2", "--seed", "5"])]
     assert started.args is None and started.group == []
 
 

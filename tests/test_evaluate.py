@@ -173,7 +173,7 @@ def test_overlay_keeps_the_size_and_puts_a_legend_below():
 def test_strip_has_a_row_an_image_and_a_column_a_network(data):
     models = {"teacher": Pointwise().train(), "student": Pointwise()}
     sheet = strip(data, "val", 32, 32, models, "cpu", images=2)
-    heights = [round(max(h, 32 * h // min(h, w)) * 160 / w) for h, w in ((40, 56), (90, 120))]
+    heights = [round(max(h, 32 * h // min(h, w)) * 160 / w) for h, w in SIZES[:2]]
     assert sheet.width == 4 * 160 + 3 * 4 and abs(sheet.height - (16 + sum(h + 4 for h in heights))) <= 12
     assert models["teacher"].training
 

@@ -265,7 +265,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_another_student(fold
         run(options(folder, tmp_path))
     assert differing(tmp_path, whole[1]) == []
     run(options(folder, tmp_path, "--seed", 1))
-    first, second = (plain(torch.load(tmp_path / "folder" / f"c2vkd-mit_nano-seed{seed}" / "last.pt"))["module"] for seed in (0, 1))
+    students = (tmp_path / "folder" / f"c2vkd-mit_nano-seed{seed}" / "last.pt" for seed in (0, 1))
+    first, second = (plain(torch.load(path))["module"] for path in students)
     assert first.keys() == second.keys() and first != second
 
 
@@ -353,7 +354,8 @@ def test_a_loader_process_that_dies_ends_the_run_with_one_line(folder, tmp_path,
     process = start(options(folder, tmp_path / "runs", "--workers", 2), tmp_path / "log", partial(lose_the_loader, end))
     assert finish(process) == 2
     text = (tmp_path / "log").read_text()
-    assert text.splitlines()[-1].startswith("error: a loader process died") and "fewer --workers" in text and "Traceback" not in text
+    assert text.splitlines()[-1].startswith("error: a loader process died") and "fewer --workers" in text
+    assert "Traceback" not in text
 
 
 def test_a_fault_met_by_a_loader_process_is_one_clean_line(folder, tmp_path, capsys):
@@ -406,15 +408,20 @@ def put(path, pixels):
     Image.fromarray(pixels).save(path)
 
 
-def put_checkpoint(path, name="mit_nano", classes=3, holds=None, **more):
-    """A finished checkpoint called `name`, holding the network `holds`."""
-    model = (student.Student if (holds or name) in student.VARIANTS else teacher.Teacher)
-    names = ["road", "sky", "car", "tree"][:classes]
-    torch.save({"name": name, "classes": names, "palette": [[0, 0, 0]] * classes, "base": 32, "window": 32, "dataset": "folder", "step": 1,
-                "data": str(path.parent), "network": model(holds or name, classes).state_dict()} | more, path)
+def classes(text):
+    return lambda d: (d / "classes.txt").write_text(text)
 
 
-EVALUATE = "EVALUATE --checkpoint {d}/x.pt "
+def checkpoint(name="mit_nano", classes=3, holds=None):
+    """Puts a finished checkpoint called `name`, with the tensors of `holds`, into the data folder."""
+    def put(d):
+        model = (student.Student if (holds or name) in student.VARIANTS else teacher.Teacher)(holds or name, classes)
+        torch.save({"name": name, "classes": ["road", "sky", "car", "tree"][:classes], "palette": [[0, 0, 0]] * classes, "base": 32,
+                    "window": 32, "dataset": "folder", "data": str(d), "step": 1, "network": model.state_dict()}, d / "x.pt")
+    return put
+
+
+EVAL = "EVAL --checkpoint {d}/x.pt "
 BAD = {  # what: (how it is made in the data folder d, options, what the message holds)
     "no data folder": (None, "--data {d}/nowhere", "{d}/nowhere: no such folder; give --data"),
     "missing label": (lambda d: (d / "labels/train/1.png").unlink(), "", "{d}/labels/train/1.png: no such file; restore it"),
@@ -422,7 +429,8 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
                               "{d}/labels/train/0.png: 9x7, but its image is|make the two the same size"),
     "truncated JPEG": (lambda d: cut(d / "images/train/0.jpg"), "", "{d}/images/train/0.jpg: truncated|get it again"),
     "truncated PNG": (lambda d: cut(d / "labels/train/1.png"), "", "{d}/labels/train/1.png: truncated|get it again"),
-    "text as image": (lambda d: (d / "images/train/0.jpg").write_text("no image"), "", "{d}/images/train/0.jpg:|not an image|get it again"),
+    "text as image": (lambda d: (d / "images/train/0.jpg").write_text("no image"), "",
+                      "{d}/images/train/0.jpg:|not an image|get it again"),
     "RGB label": (lambda d: put(d / "labels/train/0.png", np.zeros((40, 40, 3), np.uint8)), "",
                   "{d}/labels/train/0.png: mode RGB|convert it to class indices"),
     "16-bit label": (lambda d: put(d / "labels/train/0.png", np.zeros((40, 40), np.uint16)), "",
@@ -432,13 +440,14 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
                             "{d}/labels/train/0.png:|outside the 3 classes: 7 (2000 pixels)|correct the label or add the class"),
     "empty split": (lambda d: [p.unlink() for p in (d / "images/val").iterdir()], "", "{d}: no image of the val split|README"),
     "no classes.txt": (lambda d: (d / "classes.txt").unlink(), "", "{d}/classes.txt: no such file; write one line a class"),
-    "classes.txt without a colour": (lambda d: (d / "classes.txt").write_text("road\nsky 1 2 3\n"), "", "{d}/classes.txt, line 1: 'road' is not"),
-    "classes.txt with 256": (lambda d: (d / "classes.txt").write_text("road 1 2 3\nsky 1 256 3\n"), "", "{d}/classes.txt, line 2:|0..255"),
-    "classes.txt with letters": (lambda d: (d / "classes.txt").write_text("road 1 2 3\nsky a b c\n"), "", "{d}/classes.txt, line 2:|0..255"),
-    "classes.txt with an empty line": (lambda d: (d / "classes.txt").write_text("a 1 2 3\n\nb 1 2 3\n"), "", "{d}/classes.txt, line 2: ''"),
-    "classes.txt in another encoding": (lambda d: (d / "classes.txt").write_bytes(b"\xff\xfe\n"), "", "{d}/classes.txt, line 1:|name R G B"),
-    "one class": (lambda d: (d / "classes.txt").write_text("road 1 2 3\n"), "", "{d}/classes.txt: 1 classes; 2 to 255"),
-    "no class": (lambda d: (d / "classes.txt").write_text(""), "", "{d}/classes.txt: 0 classes; 2 to 255"),
+    "classes.txt without a colour": (classes("road\nsky 1 2 3\n"), "", "{d}/classes.txt, line 1: 'road' is not"),
+    "classes.txt with 256": (classes("road 1 2 3\nsky 1 256 3\n"), "", "{d}/classes.txt, line 2:|0..255"),
+    "classes.txt with letters": (classes("road 1 2 3\nsky a b c\n"), "", "{d}/classes.txt, line 2:|0..255"),
+    "classes.txt with an empty line": (classes("a 1 2 3\n\nb 1 2 3\n"), "", "{d}/classes.txt, line 2: ''"),
+    "classes.txt in another encoding": (lambda d: (d / "classes.txt").write_bytes(b"\xff\xfe\n"), "",
+                                    "{d}/classes.txt, line 1:|name R G B"),
+    "one class": (classes("road 1 2 3\n"), "", "{d}/classes.txt: 1 classes; 2 to 255"),
+    "no class": (classes(""), "", "{d}/classes.txt: 0 classes; 2 to 255"),
     "crop below 32": (None, "--crop 31", "--crop 31: must be at least 32"),
     "batch of one": (None, "--batch-size 1", "--batch-size 1: must be at least 2"),
     "no steps": (None, "--steps 0", "--steps 0: must be at least 1"),
@@ -453,37 +462,41 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
     "weight nan": (None, "--weights gb=nan", "--weights gb=nan: c2vkd takes pdd=NUMBER"),
     "no GPU": (None, "--gpus 1", "--gpus 1: 0 CUDA devices found; use --gpus 0"),
     "VOC's teacher on other data": (None, "--teacher-weights voc", "--teacher-weights voc:|use imagenet, none or a FILE"),
-    "no ImageNet weights for the teacher": (None, "--teacher-weights imagenet", "deeplabv3_resnet10 has no published weights: use"),
-    "no ImageNet weights for the student": (None, "--student-weights imagenet", "mit_nano has no published ImageNet weights: use"),
+    "no ImageNet weights for the teacher": (None, "--teacher-weights imagenet",
+                                            "deeplabv3_resnet10 has no published weights: use"),
+    "no ImageNet weights for the student": (None, "--student-weights imagenet",
+                                            "mit_nano has no published ImageNet weights: use"),
     "missing student weights": (None, "--student-weights {d}/no.pt", "{d}/no.pt: no such file; give"),
     "student weights of another network": (lambda d: torch.save({"w": torch.zeros(1)}, d / "x.pt"), "--student-weights {d}/x.pt",
                                            "{d}/x.pt: not the encoder of mit_nano|give --student the variant"),
-    "student weights in a checkpoint": (lambda d: put_checkpoint(d / "x.pt"), "--student-weights {d}/x.pt", "{d}/x.pt: not a plain state dict"),
+    "student weights in a checkpoint": (checkpoint(), "--student-weights {d}/x.pt", "{d}/x.pt: not a plain state dict"),
     "missing teacher": (None, "--teacher-weights {d}/no.pt", "{d}/no.pt: no such file; give"),
-    "teacher of another architecture": (lambda d: put_checkpoint(d / "x.pt"), "--teacher-weights {d}/x.pt", "{d}/x.pt: holds mit_nano|give --teacher"),
-    "teacher of other classes": (lambda d: put_checkpoint(d / "x.pt", "deeplabv3_resnet10", 4), "--teacher-weights {d}/x.pt",
-                                 "{d}/x.pt: holds deeplabv3_resnet10 with 4 classes|the checkpoint of this data"),
-    "teacher whose tensors do not fit": (lambda d: put_checkpoint(d / "x.pt", "deeplabv3_resnet10", holds="mit_nano"),
+    "teacher of another architecture": (checkpoint(), "--teacher-weights {d}/x.pt", "{d}/x.pt: holds mit_nano|give --teacher"),
+    "teacher of other classes": (checkpoint("deeplabv3_resnet10", 4), "--teacher-weights {d}/x.pt",
+                                 "{d}/x.pt: holds deeplabv3_resnet10 with 4 classes|the right checkpoint"),
+    "teacher whose tensors do not fit": (checkpoint("deeplabv3_resnet10", holds="mit_nano"),
                                          "--teacher-weights {d}/x.pt", "{d}/x.pt: its tensors do not fit"),
     "CLIP with a small teacher": (None, "--clip {d}/no.pt", "--clip needs a ResNet teacher"),
     "output below a file": (None, "--out {d}/classes.txt", "{d}/classes.txt/folder|check the path"),
-    "missing checkpoint": (None, EVALUATE, "{d}/x.pt: no such file; give the path of a last.pt"),
-    "empty checkpoint": (lambda d: (d / "x.pt").write_bytes(b""), EVALUATE, "{d}/x.pt: not a readable checkpoint|give another"),
-    "text as checkpoint": (lambda d: (d / "x.pt").write_text("hello\n"), EVALUATE, "{d}/x.pt: not a readable checkpoint|give another"),
-    "other dict": (lambda d: torch.save({"a": 1}, d / "x.pt"), EVALUATE, "{d}/x.pt: not a checkpoint of this project|give a last.pt"),
-    "list": (lambda d: torch.save([1], d / "x.pt"), EVALUATE, "{d}/x.pt: not a checkpoint of this project|give a last.pt"),
-    "unknown network": (lambda d: put_checkpoint(d / "x.pt", "vgg", holds="mit_nano"), EVALUATE, "{d}/x.pt: holds a network called 'vgg'"),
-    "checkpoint of another architecture": (lambda d: put_checkpoint(d / "x.pt", "mit_b0", holds="mit_nano"), EVALUATE,
+    "missing checkpoint": (None, EVAL, "{d}/x.pt: no such file; give the path of a last.pt"),
+    "empty checkpoint": (lambda d: (d / "x.pt").write_bytes(b""), EVAL, "{d}/x.pt: not a readable checkpoint|give another"),
+    "text as checkpoint": (lambda d: (d / "x.pt").write_text("hello\n"), EVAL, "{d}/x.pt: not a readable checkpoint|give another"),
+    "other dict": (lambda d: torch.save({"a": 1}, d / "x.pt"), EVAL,
+                   "{d}/x.pt: not a checkpoint of this project|give a last.pt"),
+    "list": (lambda d: torch.save([1], d / "x.pt"), EVAL, "{d}/x.pt: not a checkpoint of this project|give a last.pt"),
+    "unknown network": (checkpoint("vgg", holds="mit_nano"), EVAL, "{d}/x.pt: holds a network called 'vgg'"),
+    "checkpoint of another architecture": (checkpoint("mit_b0", holds="mit_nano"), EVAL,
                                            "{d}/x.pt: its tensors do not fit mit_b0"),
-    "checkpoint of other classes": (lambda d: put_checkpoint(d / "x.pt", classes=4), EVALUATE, "{d}/x.pt: trained on 4 classes|give its own --data"),
-    "missing split": (lambda d: put_checkpoint(d / "x.pt"), EVALUATE + "--split test", "no test split; choose another --split"),
-    "missing image": (lambda d: put_checkpoint(d / "x.pt"), EVALUATE + "--image {d}/no.jpg --pictures {d}/p", "{d}/no.jpg: not a readable image|give another"),
-    "text as picture": (lambda d: put_checkpoint(d / "x.pt"), EVALUATE + "--image {d}/classes.txt --pictures {d}/p",
+    "checkpoint of other classes": (checkpoint(classes=4), EVAL, "{d}/x.pt: trained on 4 classes|give its own --data"),
+    "missing split": (checkpoint(), EVAL + "--split test", "no test split; choose another --split"),
+    "missing image": (checkpoint(), EVAL + "--image {d}/no.jpg --pictures {d}/p",
+                      "{d}/no.jpg: not a readable image|give another"),
+    "text as picture": (checkpoint(), EVAL + "--image {d}/classes.txt --pictures {d}/p",
                         "{d}/classes.txt: not a readable image|give another"),
-    "folder without images": (lambda d: put_checkpoint(d / "x.pt"), EVALUATE + "--image {d}/images --pictures {d}/p", "{d}/images: no .jpg or .png in it"),
-    "window below 32": (None, EVALUATE + "--window 8", "--window 8: must be at least 32"),
-    "no such device": (None, EVALUATE + "--device cuda", "--device cuda: no such device found; use --device cpu"),
-    "nothing to compare": (None, "EVALUATE --compare {d}", "{d}: no results-val.json below it; run train.py"),
+    "folder without images": (checkpoint(), EVAL + "--image {d}/images --pictures {d}/p", "{d}/images: no .jpg or .png in it"),
+    "window below 32": (None, EVAL + "--window 8", "--window 8: must be at least 32"),
+    "no such device": (None, EVAL + "--device cuda", "--device cuda: no such device found; use --device cpu"),
+    "nothing to compare": (None, "EVAL --compare {d}", "{d}: no results-val.json below it; run train.py"),
 }
 
 
@@ -497,7 +510,7 @@ def test_bad_input_is_one_line_that_names_it_and_the_remedy(tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     few = ("--teacher-steps", 1, "--pool-steps", 1, "--steps", 1)
     argv = line.format(d=d).split()
-    message = error_of(evaluate.main, argv[1:], capsys) if argv[:1] == ["EVALUATE"] else \
+    message = error_of(evaluate.main, argv[1:], capsys) if argv[:1] == ["EVAL"] else \
         error_of(train.main, options(d, tmp_path / "runs", *few, *argv), capsys)
     for word in words.format(d=d).split("|"):
         assert word in message
@@ -511,7 +524,7 @@ def clip(path, **shapes):
 @pytest.mark.parametrize("make, channels, found", (
     (lambda p: None, 2048, "no such file; give --clip"),
     (lambda p: p.write_bytes(b"no checkpoint"), 2048, "neither a plain state dict nor OpenAI's RN101.pt"),
-    (lambda p: torch.jit.save(torch.jit.script(nn.Linear(1, 1)), p), 2048, "neither a plain state dict nor OpenAI's RN101.pt (sha256"),
+    (lambda p: torch.jit.save(torch.jit.script(nn.Linear(1, 1)), p), 2048, "nor OpenAI's RN101.pt (sha256"),
     (lambda p: torch.save({"weight": torch.zeros(1)}, p), 2048, "are not those of CLIP RN101"),
     (lambda p: torch.save([torch.zeros(1)], p), 2048, "are not those of CLIP RN101"),
     (lambda p: torch.save({1: 2}, p), 2048, "are not those of CLIP RN101"),
@@ -519,7 +532,8 @@ def clip(path, **shapes):
     (lambda p: clip(p, positional_embedding=(50, 2048)), 960, "--clip needs a ResNet teacher")),
     ids=("missing", "no checkpoint", "TorchScript", "no pool", "list", "no names", "RN50", "MobileNet"))
 def test_a_file_that_is_not_clip_rn101_is_refused(tmp_path, make, channels, found):
-    pool = SimpleNamespace(c_proj=SimpleNamespace(in_features=channels), grid=1, state_dict=lambda: {"c_proj.weight": torch.zeros(512, 2048)})
+    pool = SimpleNamespace(c_proj=SimpleNamespace(in_features=channels), grid=1,
+                           state_dict=lambda: {"c_proj.weight": torch.zeros(512, 2048)})
     make(tmp_path / "RN101.pt")
     with pytest.raises(InputError) as e:
         teacher.load_clip_pool(pool, tmp_path / "RN101.pt")

@@ -225,7 +225,7 @@ def test_imagenet_files_that_share_a_name_are_cached_apart(tmp_path, monkeypatch
 def test_failed_download_names_the_option_that_avoids_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(student.IMAGENET, "mit_b0", (tmp_path / "absent.pth").as_uri())
-    with pytest.raises(InputError, match="--student-weights FILE.*--student-weights none"):
+    with pytest.raises(InputError, match="save it as .*absent.pth.*--student-weights none"):
         load_encoder(random_encoder("mit_b0"), "mit_b0", "imagenet")
 
 
