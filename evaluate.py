@@ -344,7 +344,7 @@ def compare(folder, split):
         lines.append(f"\ngain(c2vkd) - 2 gain({best}) = {statistics.mean(difference):+.2f}   {_interval(difference)}")
         low = _bounds(list(shared[best].values()))[0]
         ratio = f"{statistics.mean(ours[s] for s in shared[best]) / baselines[best]:.0%}" if low > 0 else \
-            f"undefined: the gain of {best} does not exclude 0"
+            f"undefined: the interval of the gain of {best} is not above 0"
         lines.append(f"gain(c2vkd) / gain({best}): {ratio}")
     lines += ["", f"{'IoU of each class':20s}" + "".join(f"{m[:11]:>12s}" for m in by_method)]
     for k, name in enumerate(reference["classes"]):

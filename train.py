@@ -32,7 +32,7 @@ from data import (DATASETS, EvalImages, InputError, Interrupted, TrainStream, co
                   progress, spread, write_atomically)
 from evaluate import evaluate, load_network, scores, strip, table, write_json
 from student import VARIANTS, Student, WithHeads, count_parameters, load_encoder
-from teacher import CHANNELS, PoolFitter, Teacher, average_precision, initialise, load_clip_pool, presence
+from teacher import CHANNELS, AttentionPool, PoolFitter, Teacher, average_precision, initialise, load_clip_pool, presence
 
 # ---------------------------------------------------------------- recipes
 
@@ -660,6 +660,10 @@ def train(args):
     if args.batch_size % args.processes:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {args.processes} processes")
     given = finished_teacher(args, data)
+    if args.method != "teacher":  # a wrong or missing file shows now, not after hours of stage 1
+        load_encoder(Student(args.student, len(data.classes)).encoder, args.student, args.student_weights)
+    if args.clip:
+        load_clip_pool(AttentionPool(CHANNELS[args.teacher], max(1, args.crop // 32)), args.clip)
     announce(args, data, given is not None)
     Stop.listen()
 

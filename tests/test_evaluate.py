@@ -343,7 +343,7 @@ def test_comparison_pairs_by_seed_and_says_where_a_ratio_is_undefined(tmp_path):
     assert line(text, "c2vkd") == ["c2vkd", "3", "54.33", "1.53", "+3.33", "[+1.90,", "+4.77]"]  # gains 3 4 3
     # 3 - 2, 4 - 2, 3 - 4: mean 2/3, deviation 1.52753, half width 3.795
     assert "gain(c2vkd) - 2 gain(kd) = +0.67   [-3.13, +4.46]" in text
-    assert "gain(c2vkd) / gain(kd): undefined: the gain of kd does not exclude 0" in text
+    assert "gain(c2vkd) / gain(kd): undefined: the interval of the gain of kd is not above 0" in text
     assert line(text, "sky") == ["sky", "54.33", "51.00", "52.33"] and line(text, "cat") == ["cat"] + 3 * ["absent"]
 
 

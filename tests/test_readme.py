@@ -60,7 +60,7 @@ def test_every_command_and_the_python_block_run_in_order(as_a_user, monkeypatch,
         monkeypatch.setattr(sys, "argv", [script, *words, *(CUT if script == "train.py" else [])])
         SCRIPTS[script]()
         ran.append(script)
-    assert ran.count("train.py") == 4 and ran.count("evaluate.py") == 4 and ran.count("data.py") == 1
+    assert ran.count("train.py") == 6 and ran.count("evaluate.py") == 4 and ran.count("data.py") == 1
     printed = capsys.readouterr().out
     assert "gain over ce" in printed and "0 faulty" in printed and "student c2vkd mit_nano" in printed
     assert Path("overlays/photo.png").is_file() and Path("student.pt2").is_file()
