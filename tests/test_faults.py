@@ -434,7 +434,7 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
     "RGB label": (lambda d: put(d / "labels/train/0.png", np.zeros((40, 40, 3), np.uint8)), "",
                   "{d}/labels/train/0.png: mode RGB|convert it to class indices"),
     "16-bit label": (lambda d: put(d / "labels/train/0.png", np.zeros((40, 40), np.uint16)), "",
-                     "{d}/labels/train/0.png: mode I;16|convert it to class indices"),
+                     "{d}/labels/train/0.png: mode I|convert it to class indices"),
     "unknown label value": (lambda d: (put(d / "labels/train/0.png", np.full((40, 50), 7, np.uint8)),
                                        put(d / "images/train/0.jpg", np.zeros((40, 50, 3), np.uint8))), "",
                             "{d}/labels/train/0.png:|outside the 3 classes: 7 (2000 pixels)|correct the label or add the class"),
