@@ -186,11 +186,13 @@ def teacher_folder(args):
 
 
 def common_conditions(args, data):
+    """The options that a teacher's result depends on, and every student's with it."""
     names = ("dataset", "base", "crop", "batch_size", "warmup", "teacher", "teacher_weights", "teacher_steps", "teacher_lr")
     return {"classes": len(data.classes), "train_images": len(data.pairs["train"])} | {n: getattr(args, n) for n in names}
 
 
 def description(args, data, name):
+    """What evaluate.py has to know of a checkpoint: the network's variant, its classes and how it sees images."""
     return {"name": name, "dataset": args.dataset, "data": args.data and os.path.abspath(args.data),
             "classes": list(data.classes), "palette": [list(c) for c in data.palette], "base": args.base, "window": args.crop}
 
@@ -387,6 +389,7 @@ def _quiet_worker(_):
 
 
 def to_device(images, labels, args):
+    """uint8 images (B,3,H,W) and labels (B,H,W) -> normalised float32 images, int64 labels, on the device."""
     images = normalise(images.to(args.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
     return images, labels.to(args.device, non_blocking=True).long()
 
@@ -476,6 +479,7 @@ def validation(stage, args, data, step):
 
 
 def save_best(stage, args, step):
+    """best.pt: the deployed network alone."""
     if args.rank == 0:
         content = stage.describe | {"network": _plain(stage.network.state_dict()), "step": step}
         write_atomically(stage.folder / "best.pt", lambda p: torch.save(content, p))
@@ -529,6 +533,7 @@ def barrier():
 
 
 def refuse_other_conditions(stage, found, path):
+    """Raise InputError naming the options in which the checkpoint at `path` differs from this stage."""
     differing = [f"{k} (there {found.get(k)}, here {v})" for k, v in stage.conditions.items() if found.get(k) != v]
     if differing:
         raise InputError(f"{path}: from a different experiment: {'; '.join(differing)}; "
@@ -716,6 +721,7 @@ def teacher_scores(teacher, args, data):
 
 
 def print_main(args, text):
+    """Print once, however many processes there are."""
     if args.rank == 0:
         print(text, flush=True)
 
