@@ -301,6 +301,7 @@ def _milliseconds(network, x):
 def compare(folder, split):
     """Text table of all runs below `folder`: mIoU mean and deviation, gain over `ce` paired by seed, the paper's claim.
 
+    The baseline of the claim is the one that gains most on val.
     Raises InputError where runs differ in data, schedule or initialisation.
     """
     runs = {}
@@ -321,7 +322,7 @@ def compare(folder, split):
         name = result.get("label") or result["method"]
         if result["seed"] in by_method.setdefault(name, {}):
             raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
-        by_method[name][result["seed"]] = result
+        by_method[name][result["seed"]] = result | {"val": _val_miou(path, result)}
     alone = by_method.get("ce", {})
     lines = [f"{split}, {reference['step']} steps",
              f"{'method':16s}{'seeds':>6s}{'mIoU':>8s}{'std':>7s}{'gain over ce':>14s}   95% interval"]
@@ -337,13 +338,15 @@ def compare(folder, split):
     ours = gains.get("c2vkd", {})
     shared = {m: {s: g[s] for s in g if s in ours} for m, g in gains.items()  # the baselines' gains, on the seeds of c2vkd
               if all(r["method"] != "c2vkd" for r in by_method[m].values())}
-    baselines = {m: statistics.mean(g.values()) for m, g in shared.items() if g}
-    if baselines:
-        best = max(baselines, key=baselines.get)
+    on_val = {m: statistics.mean(by_method[m][s]["val"] - alone[s]["val"] for s in g) for m, g in shared.items() if g}
+    if on_val:
+        best = max(on_val, key=on_val.get)  # never chosen on test
+        gain = statistics.mean(shared[best].values())
         difference = [ours[s] - 2 * g for s, g in shared[best].items()]
-        lines.append(f"\ngain(c2vkd) - 2 gain({best}) = {statistics.mean(difference):+.2f}   {_interval(difference)}")
+        lines.append(f"\ngain(c2vkd) - 2 gain({best}) = {statistics.mean(difference):+.2f}   {_interval(difference)}"
+                     + (f"   but {best} loses: a difference above 0 is no gain" if gain < 0 else ""))
         low = _bounds(list(shared[best].values()))[0]
-        ratio = f"{statistics.mean(ours[s] for s in shared[best]) / baselines[best]:.0%}" if low > 0 else \
+        ratio = f"{statistics.mean(ours[s] for s in shared[best]) / gain:.0%}" if low > 0 else \
             f"undefined: the interval of the gain of {best} is not above 0"
         lines.append(f"gain(c2vkd) / gain({best}): {ratio}")
     lines += ["", f"{'IoU of each class':20s}" + "".join(f"{m[:11]:>12s}" for m in by_method)]
@@ -351,6 +354,12 @@ def compare(folder, split):
         cells = [[r["iou"][k] for r in seeds.values() if r["iou"][k] is not None] for seeds in by_method.values()]
         lines.append(f"{name[:19]:20s}" + "".join(f"{statistics.mean(c):12.2f}" if c else f"{'absent':>12s}" for c in cells))
     return "\n".join(lines)
+
+
+def _val_miou(path, result):
+    """mIoU on val of the run whose results lie at `path`; its own where there are no others."""
+    path = path.with_name("results-val.json")
+    return json.loads(path.read_text())["miou"] if path.exists() else result["miou"]
 
 
 # two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom

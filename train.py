@@ -571,7 +571,7 @@ class Stop:
 def finished_teacher(args, data):
     """The frozen teacher of --teacher-weights FILE or voc; None where stage 1 must train it.
 
-    Raises InputError for another network or other classes.
+    Raises InputError for another network, other classes or a teacher that is not finished.
     """
     if args.teacher_weights == "voc":
         teacher = Teacher(args.teacher, len(data.classes))
@@ -581,6 +581,10 @@ def finished_teacher(args, data):
         if state["name"] != args.teacher or state["classes"] != data.classes:
             raise InputError(f"{args.teacher_weights}: holds {state['name']} with {len(state['classes'])} classes, "
                              f"wanted {args.teacher} with these {len(data.classes)}; give --teacher, or the right checkpoint")
+        planned = state.get("stage_conditions", {}).get("teacher_steps", 0)
+        if state["step"] < planned:
+            raise InputError(f"{args.teacher_weights}: trained for {state['step']} of its {planned} steps; "
+                             "finish it with the command that began it")
     else:
         return None
     return teacher.to(args.device, memory_format=torch.channels_last).freeze()

@@ -361,6 +361,18 @@ def test_named_runs_have_a_row_of_their_own_and_are_no_baseline(tmp_path):
     assert "gain(c2vkd) - 2 gain(kd) = +1.00" in text and "None" not in text
 
 
+def test_the_best_baseline_is_chosen_on_val_and_a_losing_one_is_named(tmp_path):
+    write_runs(tmp_path, {"ce": [50, 52], "at": [52, 54], "kd": [49, 51], "c2vkd": [49, 52]})
+    for path in tmp_path.rglob("results-val.json"):  # on test the two baselines trade places
+        text = path.read_text()
+        other = {"at": '"miou": 45', "kd": '"miou": 49.5'}.get(path.parent.name[:2])
+        path.with_name("results-test.json").write_text(re.sub(r'"miou": \d+', other, text) if other else text)
+    assert "gain(c2vkd) - 2 gain(at) = -4.50" in compare(tmp_path, "val")  # -1 - 4, 0 - 4
+    on_test = compare(tmp_path, "test")
+    assert "gain(c2vkd) - 2 gain(at) = +11.50" in on_test  # -1 + 10, 0 + 14
+    assert "but at loses: a difference above 0 is no gain" in on_test and "loses" not in compare(tmp_path, "val")
+
+
 def test_one_seed_and_seeds_without_partner(tmp_path):
     write_runs(tmp_path, {"ce": [50, 52], "kd": [None, 53], "c2vkd": [53]})
     text = compare(tmp_path, "val")

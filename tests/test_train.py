@@ -58,6 +58,9 @@ def test_a_given_teacher_needs_no_stage_one(run, capsys, tmp_path):
     assert not (tmp_path / "elsewhere/shapes/teacher-deeplabv3_resnet10/last.pt").exists()
     with pytest.raises(InputError, match="holds deeplabv3_resnet10 .* wanted deeplabv3_mobilenet_v3_large"):
         run("--teacher-weights", str(given), "--teacher", "deeplabv3_mobilenet_v3_large", "--out", "third")
+    torch.save(torch.load(given) | {"step": 1}, tmp_path / "begun.pt")
+    with pytest.raises(InputError, match="begun.pt: trained for 1 of its 2 steps; finish it"):
+        run("--teacher-weights", str(tmp_path / "begun.pt"), "--out", "fourth")
 
 
 def test_a_refused_command_leaves_the_finished_runs_options_alone(run, tmp_path):
