@@ -344,7 +344,7 @@ def compare(folder, split):
         gain = statistics.mean(shared[best].values())
         difference = [ours[s] - 2 * g for s, g in shared[best].items()]
         lines.append(f"\ngain(c2vkd) - 2 gain({best}) = {statistics.mean(difference):+.2f}   {_interval(difference)}"
-                     + (f"   but {best} loses: a difference above 0 is no gain" if gain < 0 else ""))
+                     + (f"   but {best} loses: this is no gain" if gain < 0 < statistics.mean(difference) else ""))
         low = _bounds(list(shared[best].values()))[0]
         ratio = f"{statistics.mean(ours[s] for s in shared[best]) / gain:.0%}" if low > 0 else \
             f"undefined: the interval of the gain of {best} is not above 0"
@@ -357,9 +357,13 @@ def compare(folder, split):
 
 
 def _val_miou(path, result):
-    """mIoU on val of the run whose results lie at `path`; its own where there are no others."""
-    path = path.with_name("results-val.json")
-    return json.loads(path.read_text())["miou"] if path.exists() else result["miou"]
+    """mIoU on val, at the same step, of the run whose results lie at `path`."""
+    val = path.with_name("results-val.json")
+    found = json.loads(val.read_text()) if val.exists() else {}
+    if found.get("step") != result["step"]:
+        raise InputError(f"{val}: missing or of another step than {path.name}, and the best baseline is chosen on val; "
+                         "run evaluate.py on the last.pt beside it")
+    return found["miou"]
 
 
 # two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom

@@ -571,7 +571,7 @@ class Stop:
 def finished_teacher(args, data):
     """The frozen teacher of --teacher-weights FILE or voc; None where stage 1 must train it.
 
-    Raises InputError for another network, other classes or a teacher that is not finished.
+    Raises InputError for another network, other classes or a last.pt of an unfinished stage (a best.pt does not say).
     """
     if args.teacher_weights == "voc":
         teacher = Teacher(args.teacher, len(data.classes))

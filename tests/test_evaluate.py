@@ -370,7 +370,17 @@ def test_the_best_baseline_is_chosen_on_val_and_a_losing_one_is_named(tmp_path):
     assert "gain(c2vkd) - 2 gain(at) = -4.50" in compare(tmp_path, "val")  # -1 - 4, 0 - 4
     on_test = compare(tmp_path, "test")
     assert "gain(c2vkd) - 2 gain(at) = +11.50" in on_test  # -1 + 10, 0 + 14
-    assert "but at loses: a difference above 0 is no gain" in on_test and "loses" not in compare(tmp_path, "val")
+    assert "but at loses: this is no gain" in on_test and "loses" not in compare(tmp_path, "val")
+    val = tmp_path / "kd-seed0" / "results-val.json"
+    val.write_text(val.read_text().replace('"step": 400', '"step": 200'))
+    with pytest.raises(InputError, match="kd-seed0/results-val.json: missing or of another step than results-test.json"):
+        compare(tmp_path, "test")
+
+
+def test_a_losing_baseline_goes_unnamed_where_the_difference_is_negative_too(tmp_path):
+    write_runs(tmp_path, {"ce": [50, 52], "kd": [49, 51], "c2vkd": [40, 42]})
+    text = compare(tmp_path, "val")
+    assert "gain(c2vkd) - 2 gain(kd) = -8.00" in text and "loses" not in text
 
 
 def test_one_seed_and_seeds_without_partner(tmp_path):
