@@ -48,7 +48,7 @@ CITYSCAPES = (  # labelIds value, name, colour (cityscapesScripts 2.3.0, helpers
 VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
        "person pottedplant sheep sofa train tvmonitor").split()
 SHAPES = ("ground disc square triangle ring cross rod star").split()
-SHAPES_COUNT = {"train": 1600, "val": 100, "test": 100}
+SHAPES_COUNT = {"train": 1600, "val": 100, "test": 400}
 SHAPES_SIZE = 64
 
 

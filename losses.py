@@ -261,6 +261,11 @@ def dist_loss(z_S, z_T, labels):
     return distance(P, Q) + distance(P.T, Q.T)
 
 
+def fitnet_loss(V_S, V_T):
+    """FitNet, 1412.6550: mean squared difference of A_v(F^S) and F^T, the plainest hint, on C2VKD's own maps. V_S, V_T: (B,C,h,w)."""
+    return (full(V_S) - full(V_T)).square().mean()
+
+
 def dkd_loss(z_S, z_T, labels, alpha=1.0, beta=8.0, T=4.0):
     """DKD, 2203.08679, pixel-wise: T^2 mean over pixels of alpha TCKD + beta NCKD (mdistiller's alpha, beta, T)."""
     z_S, z_T = full(z_S) / T, full(z_T) / T
@@ -289,6 +294,9 @@ METHODS = {
     "dist": {"ce": 1.0, "dist": 1.0},
     "dkd": {"ce": 1.0, "dkd": 0.03},
     "deit": {"ce": 0.5, "deit": 0.5},
+    "fitnet": {"ce": 1.0, "fitnet": 10.0},
+    "pdd_fitnet": {"pdd": 1.0, "fitnet": 10.0},
+    "vlfd": {"ce": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5},
     # paper: unstated; the release's numbers, in our units (true KLs, cosine affinity)
     "c2vkd": {"pdd": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5},
 }

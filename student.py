@@ -18,14 +18,15 @@ from torch import nn
 
 from data import InputError, read_weights
 
-# variant: dims, depths, heads, spatial reductions, MLP ratios, decoder width, stochastic depth
+# variant: strides of the patch embeddings, dims, depths, heads, spatial reductions, MLP ratios, decoder width, stochastic depth
 VARIANTS = {
-    "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), 256, 0.1),
-    "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), 256, 0.1),
-    "pvt_v2_b0": ((32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), 256, 0.1),
-    "pvt_v2_b1": ((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), 256, 0.1),
-    # ours, for the CPU: no published weights
-    "mit_nano": ((32, 64, 128, 192), (1, 1, 2, 1), (1, 2, 4, 6), (8, 4, 2, 1), (4, 4, 4, 4), 128, 0.0),
+    "mit_b0": ((4, 2, 2, 2), (32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), 256, 0.1),
+    "mit_b1": ((4, 2, 2, 2), (64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), 256, 0.1),
+    "pvt_v2_b0": ((4, 2, 2, 2), (32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), 256, 0.1),
+    "pvt_v2_b1": ((4, 2, 2, 2), (64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), 256, 0.1),
+    # ours, for small pictures on a CPU: strides 2, 4, 8, 8 keep 8x8 tokens of a 64-pixel crop for the feature losses,
+    # where 4, 8, 16, 32 would leave 2x2; no published weights
+    "mit_nano": ((2, 2, 2, 1), (32, 64, 128, 192), (1, 1, 2, 1), (1, 2, 4, 6), (8, 4, 2, 1), (4, 4, 4, 4), 128, 0.0),
 }
 IMAGENET = {  # the official files; MiT's lives in its authors' Hugging Face repository
     "mit_b0": "https://huggingface.co/nvidia/mit-b0/resolve/main/pytorch_model.bin",
@@ -121,15 +122,15 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Four stages at strides 4, 8, 16, 32: (B,3,H,W) -> four maps (B,C_i,H/2^(i+1),W/2^(i+1)), post-norm."""
+    """Four stages, of strides 4, 8, 16, 32 in the published variants: (B,3,H,W) -> four maps (B,C_i,h_i,w_i), post-norm."""
 
     def __init__(self, variant):
         super().__init__()
-        dims, depths, heads, srs, ratios, _, drop = VARIANTS[variant]
+        strides, dims, depths, heads, srs, ratios, _, drop = VARIANTS[variant]
         drops = (drop * i / (sum(depths) - 1) for i in range(sum(depths)))
         c_in = 3
         for i in range(4):
-            embed = OverlapPatchEmbed(c_in, dims[i], *((7, 4) if i == 0 else (3, 2)))
+            embed = OverlapPatchEmbed(c_in, dims[i], 7 if i == 0 else 3, strides[i])
             blocks = [Block(dims[i], heads[i], srs[i], ratios[i], next(drops)) for _ in range(depths[i])]
             setattr(self, f"patch_embed{i + 1}", embed)
             setattr(self, f"block{i + 1}", nn.ModuleList(blocks))
@@ -149,7 +150,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """SegFormer's all-MLP head: each stage to `width` channels, all to stride 4, fuse, classify."""
+    """SegFormer's all-MLP head: each stage to `width` channels, all to the first stage's size, fuse, classify."""
 
     def __init__(self, dims, width, classes):
         super().__init__()
@@ -162,16 +163,16 @@ class Decoder(nn.Module):
     def forward(self, maps):
         size = maps[0].shape[2:]
         maps = [F.interpolate(linear(m), size, mode="bilinear") for linear, m in zip(self.linears, maps)]
-        fused = F.relu(self.norm(self.fuse(torch.cat(maps[::-1], 1))))  # B,width,H/4,W/4
+        fused = F.relu(self.norm(self.fuse(torch.cat(maps[::-1], 1))))  # B,width,h_1,w_1
         return self.classifier(self.dropout(fused)), fused
 
 
 class Student(nn.Module):
-    """(B,3,H,W) -> logits z^S (B,K,H/4,W/4), encoder feature F^S (B,C_S,H/32,W/32), map before the classifier."""
+    """(B,3,H,W) -> logits z^S (B,K,h_1,w_1), encoder feature F^S (B,C_S,h_4,w_4), map before the classifier."""
 
     def __init__(self, variant, classes):
         super().__init__()
-        dims, *_, width, _ = VARIANTS[variant]
+        _, dims, *_, width, _ = VARIANTS[variant]
         self.channels = dims[-1]
         self.encoder = Encoder(variant)
         self.decoder = Decoder(dims, width, classes)

@@ -20,6 +20,7 @@ from data import InputError, read_weights
 
 CHANNELS = {"deeplabv3_resnet101": 2048, "deeplabv3_resnet50": 2048, "deeplabv3_mobilenet_v3_large": 960,
             "deeplabv3_resnet10": 512}
+STRIDES = {"deeplabv3_mobilenet_v3_large": 16}  # of F^T, else 8
 BACKBONES = {"deeplabv3_resnet101": models.ResNet101_Weights.IMAGENET1K_V2,
              "deeplabv3_resnet50": models.ResNet50_Weights.IMAGENET1K_V2,
              "deeplabv3_mobilenet_v3_large": models.MobileNet_V3_Large_Weights.IMAGENET1K_V2}
@@ -111,7 +112,7 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Linear(channels, embedding)
 
     def forward(self, feature):
-        # paper: unstated; the grid is crop/32, which is the release's 16x16 at 512
+        # paper: unstated; the release has 16x16 positions, where F^T has fewer we keep its own
         x = F.interpolate(feature, (self.grid, self.grid), mode="bilinear")
         x = x.flatten(2).transpose(1, 2)  # B,g*g,C
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding  # B,1+g*g,C
@@ -119,6 +120,11 @@ class AttentionPool(nn.Module):
         q, k, v = split(self.q_proj(x[:, :1])), split(self.k_proj(x)), split(self.v_proj(x))
         x = F.scaled_dot_product_attention(q, k, v)  # B,heads,1,64
         return self.c_proj(x.transpose(1, 2).flatten(1))  # B,512
+
+
+def pool_grid(name, crop):
+    """Positions a side of P for crops of `crop` pixels: 16, at most F^T's own."""
+    return min(16, -(-crop // STRIDES.get(name, 8)))
 
 
 class PoolFitter(nn.Module):

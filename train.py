@@ -32,9 +32,11 @@ from data import (DATASETS, EvalImages, InputError, Interrupted, TrainStream, co
                   progress, spread, write_atomically)
 from evaluate import evaluate, load_network, scores, strip, table, write_json
 from student import VARIANTS, Student, WithHeads, count_parameters, load_encoder
-from teacher import CHANNELS, AttentionPool, PoolFitter, Teacher, average_precision, initialise, load_clip_pool, presence
+from teacher import CHANNELS, AttentionPool, PoolFitter, Teacher, average_precision, initialise, load_clip_pool, pool_grid, presence
 
 # ---------------------------------------------------------------- recipes
+
+HEADS = ("c2vkd", "vlfd", "pdd_fitnet", "fitnet")  # the methods that use A_v
 
 RECIPES = {
     # base: short side at scale 1, training and evaluation alike; scale: range of the random resizing.
@@ -59,7 +61,7 @@ RECIPES = {
                            teacher="deeplabv3_mobilenet_v3_large", teacher_weights="none", teacher_steps=800,
                            pool_steps=100, student="mit_nano", student_weights="none"),
     "shapes": dict(base=64, crop=64, scale=(1.0, 1.0), batch_size=8, steps=400, warmup=40,
-                   teacher="deeplabv3_resnet10", teacher_weights="none", teacher_steps=350,
+                   teacher="deeplabv3_resnet10", teacher_weights="none", teacher_steps=600,
                    pool_steps=60, student="mit_nano", student_weights="none"),
 }
 # paper: unstated; training from random weights, for which AdamW at 1e-3 does better than the paper's 6e-5 from
@@ -232,7 +234,7 @@ def build_teacher_stage(args, data):
 def build_pool_stage(args, data, teacher):
     """Stage 2: the attention pool on the frozen teacher's features."""
     torch.manual_seed(args.seed)
-    fitter, net = parallel(PoolFitter(teacher.channels, max(1, args.crop // 32), len(data.classes)), args)
+    fitter, net = parallel(PoolFitter(teacher.channels, pool_grid(args.teacher, args.crop), len(data.classes)), args)
 
     def terms(images, labels):
         with torch.no_grad():
@@ -251,11 +253,11 @@ def build_student_stage(args, data, teacher, pool):
     aside = load_encoder(student.encoder, args.student, args.student_weights)
     if aside:
         print(f"student encoder: {args.student_weights}; not loaded: {', '.join(aside)}")
-    module, net = parallel(WithHeads(student, teacher.channels if args.method == "c2vkd" else None, args.seed), args)
+    module, net = parallel(WithHeads(student, teacher.channels if args.method in HEADS else None, args.seed), args)
 
     def terms(images, labels):
-        if args.method == "c2vkd":
-            return c2vkd_terms(net, teacher, pool, images, labels, args.kl)
+        if args.method in HEADS:
+            return c2vkd_terms(net, teacher, pool, images, labels, args.kl, args.term_weights)
         return baseline_terms(net, teacher, images, labels, args.term_weights, len(data.classes))
 
     # 6e-5 on everything: the release's; biases and norms are not spared weight decay
@@ -272,23 +274,23 @@ def build_student_stage(args, data, teacher, pool):
                  {"teacher": teacher, "student": student})
 
 
-def c2vkd_terms(net, teacher, pool, images, labels, kl):
-    """The unweighted terms of Eq. 10 for one batch."""
-    size = labels.shape[1:]  # crop, crop
-    # paper: unstated; crop/16 positions a side, which is the release's 32x32 at 512
-    grid = (max(1, size[0] // 16), max(1, size[1] // 16))
+def c2vkd_terms(net, teacher, pool, images, labels, kl, wanted):
+    """The unweighted terms of Eq. 10 for one batch, and those of the controls that share its maps: the ones in `wanted`."""
     with torch.no_grad():
         z_T, F_T, _ = teacher(images)
         m_T = losses.full_size_margin(z_T, labels)  # B,H,W: all that PDD needs of the teacher
-        V_T = losses.upsample(F_T, grid)
-        e_T = pool(F_T)
-    z_S, _, _, projected, e_S = net(images)
-    V_S = losses.upsample(projected, grid)
-    m_S = losses.full_size_margin(z_S, labels)
-    return {"pdd": losses.pdd_loss(m_S, m_T, labels, kl),
-            "gb": losses.global_visual_loss(V_S, V_T, kl),
-            "pc": losses.patch_loss(V_S, V_T),
-            "lc": losses.linguistic_loss(e_S, e_T, kl)}
+        e_T = pool(F_T) if pool else None
+    z_S, F_S, _, projected, e_S = net(images)
+    # paper: unstated; twice F^S's grid, which is the release's 32x32 at 512, and at most F^T's
+    grid = [min(2 * s, t) for s, t in zip(F_S.shape[2:], F_T.shape[2:])]
+    V_S, V_T = losses.upsample(projected, grid), losses.upsample(F_T, grid)
+    terms = {"pdd": lambda: losses.pdd_loss(losses.full_size_margin(z_S, labels), m_T, labels, kl),
+             "gb": lambda: losses.global_visual_loss(V_S, V_T, kl),
+             "pc": lambda: losses.patch_loss(V_S, V_T),
+             "lc": lambda: losses.linguistic_loss(e_S, e_T, kl),
+             "fitnet": lambda: losses.fitnet_loss(V_S, V_T),
+             "ce": lambda: losses.cross_entropy(losses.upsample(z_S, labels.shape[1:]), labels)}
+    return {name: terms[name]() for name in wanted}
 
 
 def baseline_terms(net, teacher, images, labels, weights, classes):
@@ -672,7 +674,7 @@ def train(args):
     if args.method != "teacher":  # a wrong or missing file shows now, not after hours of stage 1
         load_encoder(Student(args.student, len(data.classes)).encoder, args.student, args.student_weights)
     if args.clip:
-        load_clip_pool(AttentionPool(CHANNELS[args.teacher], max(1, args.crop // 32)), args.clip)
+        load_clip_pool(AttentionPool(CHANNELS[args.teacher], pool_grid(args.teacher, args.crop)), args.clip)
     announce(args, data, given is not None)
     Stop.listen()
 
@@ -685,7 +687,7 @@ def train(args):
     teacher_result = teacher_scores(teacher, args, data)
     print_main(args, f"teacher {args.teacher}: val mIoU {teacher_result['miou']:.2f}")
 
-    pool = finished_pool(args, data, teacher) if args.method in ("c2vkd", "teacher") else None
+    pool = finished_pool(args, data, teacher) if args.method in ("c2vkd", "vlfd", "teacher") else None
     rows = [(f"teacher {args.teacher}", count_parameters(teacher), teacher_result)]
     folder = teacher_folder(args)
 

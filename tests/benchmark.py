@@ -56,7 +56,7 @@ def steps(args):
     precise = train.precision(args)  # as a decorator
     teach = torch.no_grad()(precise(lambda: teacher(images)))
     cross_entropy = precise(lambda: train.baseline_terms(alone, None, images, labels, {"ce": 1.0}, K)["ce"])
-    terms = precise(lambda: train.c2vkd_terms(taught, teacher, pool, images, labels, "forward"))
+    terms = precise(lambda: train.c2vkd_terms(taught, teacher, pool, images, labels, "forward", losses.METHODS["c2vkd"]))
 
     def learn_alone():
         alone.zero_grad()
@@ -127,7 +127,7 @@ def loading(args):
 def first_step():
     """One C2VKD step at the size of `shapes`, on the CPU."""
     student, teacher, pool = WithHeads(Student("mit_nano", 8), 512), Teacher("deeplabv3_resnet10", 8).freeze(), AttentionPool(512, 2)
-    terms = train.c2vkd_terms(student, teacher, pool, torch.randn(8, 3, 64, 64), torch.randint(0, 8, (8, 64, 64)), "forward")
+    terms = train.c2vkd_terms(student, teacher, pool, torch.randn(8, 3, 64, 64), torch.randint(0, 8, (8, 64, 64)), "forward", losses.METHODS["c2vkd"])
     losses.total_loss(terms, losses.METHODS["c2vkd"]).backward()
 
 
