@@ -17,15 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import InputError, read_weights
+from losses import Outputs
 
-# variant: strides of the patch embeddings, dims, depths, heads, spatial reductions, MLP ratios, decoder width, stochastic depth
+# variant: patch strides, dims, depths, heads, spatial reductions, MLP ratios, decoder width, stochastic depth
 VARIANTS = {
     "mit_b0": ((4, 2, 2, 2), (32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), 256, 0.1),
     "mit_b1": ((4, 2, 2, 2), (64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), 256, 0.1),
     "pvt_v2_b0": ((4, 2, 2, 2), (32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), 256, 0.1),
     "pvt_v2_b1": ((4, 2, 2, 2), (64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), 256, 0.1),
-    # ours, for small pictures on a CPU: strides 2, 4, 8, 8 keep 8x8 tokens of a 64-pixel crop for the feature losses,
-    # where 4, 8, 16, 32 would leave 2x2; no published weights
+    # ours, for small pictures on a CPU, without published weights. A 64-pixel crop keeps 8x8 tokens for the feature
+    # losses, where the strides 4, 8, 16, 32 of the others would leave 2x2 and hardly a place to compare
     "mit_nano": ((2, 2, 2, 1), (32, 64, 128, 192), (1, 1, 2, 1), (1, 2, 4, 6), (8, 4, 2, 1), (4, 4, 4, 4), 128, 0.0),
 }
 IMAGENET = {  # the official files; MiT's lives in its authors' Hugging Face repository
@@ -122,7 +123,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Four stages, of strides 4, 8, 16, 32 in the published variants: (B,3,H,W) -> four maps (B,C_i,h_i,w_i), post-norm."""
+    """(B,3,H,W) -> maps of four stages (B,C_i,h_i,w_i), post-norm; published variants: h_i = H/4, H/8, H/16, H/32."""
 
     def __init__(self, variant):
         super().__init__()
@@ -168,7 +169,7 @@ class Decoder(nn.Module):
 
 
 class Student(nn.Module):
-    """(B,3,H,W) -> logits z^S (B,K,h_1,w_1), encoder feature F^S (B,C_S,h_4,w_4), map before the classifier."""
+    """(B,3,H,W) -> Outputs: logits z^S (B,K,h_1,w_1), feature F^S (B,C_S,h_4,w_4), before_classifier (B,D,h_1,w_1)."""
 
     def __init__(self, variant, classes):
         super().__init__()
@@ -181,7 +182,7 @@ class Student(nn.Module):
     def forward(self, x):
         maps = self.encoder(x)
         logits, fused = self.decoder(maps)
-        return logits, maps[-1], fused
+        return Outputs(logits, maps[-1], fused)
 
 
 class ProjectionHeads(nn.Module):
@@ -194,7 +195,7 @@ class ProjectionHeads(nn.Module):
     def __init__(self, c_student, c_teacher, embedding=512):
         super().__init__()
         self.A_v = nn.Conv2d(c_student, c_teacher, 1, bias=False)
-        # paper: unstated; the release pools once with P and once with GAP + 1x1, we take the latter
+        # differs: paper not stated, release P itself in one file and GAP + 1x1 in another, here GAP + 1x1, trained
         self.A_l = nn.Conv2d(c_student, embedding, 1, bias=False)
         self.apply(_init)
 
@@ -202,11 +203,10 @@ class ProjectionHeads(nn.Module):
         return self.A_v(feature), self.A_l(feature.mean((2, 3), keepdim=True)).flatten(1)
 
 
-class WithHeads(nn.Module):
-    """What is trained: the student and, for C2VKD, its heads -> z^S, F^S, map before the classifier, A_v(F^S), e^S.
+class StudentWithHeads(nn.Module):
+    """What is trained: (B,3,H,W) -> the student's Outputs, with projected and embedding where c_teacher is given.
 
-    The heads (None for other methods, whose last two outputs are None) are drawn from a generator of
-    their own, so that students of all methods start from the same weights.
+    The heads are drawn from a generator of their own, so that students of all methods start from the same weights.
     """
 
     def __init__(self, student, c_teacher=None, seed=0):
@@ -218,9 +218,11 @@ class WithHeads(nn.Module):
                 self.heads = ProjectionHeads(student.channels, c_teacher)
 
     def forward(self, x):
-        logits, feature, fused = self.student(x)
-        visual, linguistic = self.heads(feature) if self.heads else (None, None)
-        return logits, feature, fused, visual, linguistic
+        S = self.student(x)
+        if self.heads is None:
+            return S
+        projected, e_S = self.heads(S.feature)
+        return S._replace(projected=projected, embedding=e_S)
 
 
 def _init(m):

@@ -3,45 +3,40 @@
 The teacher is trained on the data set (stage 1), P is fitted on the frozen teacher (stage 2) or read
 from a CLIP file; both are frozen while the student learns (stage 3).
 
-    B batch, H W image size, K classes
-    C_T channels of F^T: 2048 for ResNet-50 and -101, 960 for MobileNetV3-Large, 512 for ResNet-10
+    B batch, H W image size, K classes, C_T channels of F^T
 """
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
+from torchvision.models import segmentation
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 
 from data import InputError, read_weights
+from losses import Outputs
 
-CHANNELS = {"deeplabv3_resnet101": 2048, "deeplabv3_resnet50": 2048, "deeplabv3_mobilenet_v3_large": 960,
-            "deeplabv3_resnet10": 512}
-STRIDES = {"deeplabv3_mobilenet_v3_large": 16}  # of F^T, else 8
-BACKBONES = {"deeplabv3_resnet101": models.ResNet101_Weights.IMAGENET1K_V2,
-             "deeplabv3_resnet50": models.ResNet50_Weights.IMAGENET1K_V2,
-             "deeplabv3_mobilenet_v3_large": models.MobileNet_V3_Large_Weights.IMAGENET1K_V2}
 CLIP_RN101_SHA256 = "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"
 EMBEDDING = 512  # coordinates of e^T and e^S: CLIP RN101's
 
 
 class Teacher(nn.Module):
-    """(B,3,H,W) -> logits z^T (B,K,h,w), encoder feature F^T (B,C_T,h,w), map before the classifier (B,256,h,w).
+    """(B,3,H,W) -> Outputs: logits z^T (B,K,h,w), encoder feature F^T (B,C_T,h,w), before_classifier (B,D,h,w).
 
-    h, w: H/8, W/8 with a ResNet, H/16, W/16 with MobileNetV3. The paper's teacher is DeepLabV3+; torchvision has
-    DeepLabV3, without the low-level branch.
+    h, w: H/8, W/8 with a ResNet, H/16, W/16 with MobileNetV3. name: a row of TEACHERS. The paper's teacher is
+    DeepLabV3+; torchvision has DeepLabV3, without the low-level branch.
     """
 
     def __init__(self, name, classes):
         super().__init__()
-        # paper: unstated; F^T is layer4, before ASPP: the release's 256-channel ASPP map cannot enter its own pool
-        net = _resnet10(classes) if name == "deeplabv3_resnet10" else \
-            getattr(models.segmentation, name)(weights=None, weights_backbone=None, num_classes=classes)
-        self.backbone, self.classifier = net.backbone, net.classifier
-        self.channels = CHANNELS[name]
+        kind = TEACHERS[name]
+        net = kind.build(classes)
+        self.backbone, self.classifier, self.channels = net.backbone, net.classifier, kind.channels
         if "mobilenet" in name:
             # torchvision's 0.01 makes the running statistics lag for hundreds of steps
             for m in self.modules():
@@ -49,16 +44,23 @@ class Teacher(nn.Module):
                     m.momentum = 0.1
 
     def forward(self, x):
+        # differs: paper last encoder feature, release layer4 in one file and the ASPP map in another, here layer4
         feature = self.backbone(x)["out"]  # B,C_T,h,w
         before = feature
         *head, classify = self.classifier
         for layer in head:
             before = layer(before)
-        return classify(before), feature, before
+        return Outputs(classify(before), feature, before)
 
     def freeze(self):
         """No gradients, BatchNorm on its running statistics: how the teacher stands during distillation."""
+        self.zero_grad()
         return self.requires_grad_(False).eval()
+
+
+def _torchvision(name):
+    """A builder: classes -> torchvision's network `name` with random weights."""
+    return lambda classes: segmentation.__dict__[name](weights=None, weights_backbone=None, num_classes=classes)
 
 
 def _resnet10(classes):
@@ -70,28 +72,61 @@ def _resnet10(classes):
     return DeepLabV3(IntermediateLayerGetter(net, {"layer4": "out"}), DeepLabHead(512, classes, (2, 4)))
 
 
-def initialise(teacher, name, source):
-    """Starting weights for stage 1: "imagenet" (torchvision's backbone file) or "none" (random).
+class Kind(NamedTuple):
+    """A kind of teacher. build: classes -> a network with .backbone, x -> {"out": F^T}, and .classifier, a Sequential
+    from F^T to logits whose last layer classifies; channels: C_T; imagenet: torchvision's weights of the backbone."""
+    build: Callable
+    channels: int
+    imagenet: object = None
 
-    "voc" loads torchvision's finished COCO_WITH_VOC_LABELS_V1 model (21 classes), which needs no stage 1.
-    """
-    if source in ("imagenet", "voc") and name not in BACKBONES:
+
+TEACHERS = {
+    "deeplabv3_resnet101": Kind(_torchvision("deeplabv3_resnet101"), 2048, models.ResNet101_Weights.IMAGENET1K_V2),
+    "deeplabv3_resnet50": Kind(_torchvision("deeplabv3_resnet50"), 2048, models.ResNet50_Weights.IMAGENET1K_V2),
+    "deeplabv3_mobilenet_v3_large": Kind(_torchvision("deeplabv3_mobilenet_v3_large"), 960,
+                                         models.MobileNet_V3_Large_Weights.IMAGENET1K_V2),
+    "deeplabv3_resnet10": Kind(_resnet10, 512),
+}
+
+
+def initialise(teacher, name, source):
+    """Starting weights of the backbone for stage 1: "imagenet" (torchvision's file) or "none" (random)."""
+    if source == "none":
+        return
+    if TEACHERS[name].imagenet is None:
         raise InputError(f"{name} has no published weights: use --teacher-weights none or a FILE")
-    if source == "imagenet":
-        state = read_weights(BACKBONES[name].url, "--teacher-weights")
-        wanted = teacher.backbone.state_dict()
-        # torchvision's MobileNetV3 file calls layer 0 "features.0", its segmentation backbone "0"
-        state = {k.removeprefix("features."): v for k, v in state.items()}
-        aside = sorted(set(state) - set(wanted))
-        # strict; num_batches_tracked, which old files lack, BatchNorm supplies itself
-        teacher.backbone.load_state_dict({k: v for k, v in state.items() if k in wanted})
-        print(f"teacher backbone: ImageNet; not loaded: {', '.join(aside)}")
-    elif source == "voc":
-        weights = models.get_model_weights(name)["COCO_WITH_VOC_LABELS_V1"]
-        state = read_weights(weights.url, "--teacher-weights")
-        aside = sorted(k for k in state if k.startswith("aux_classifier."))
-        teacher.load_state_dict({k: v for k, v in state.items() if k not in aside})
-        print(f"teacher: COCO_WITH_VOC_LABELS_V1; not loaded: {len(aside)} tensors of the auxiliary head")
+    state = read_weights(TEACHERS[name].imagenet.url, "--teacher-weights")
+    wanted = teacher.backbone.state_dict()
+    # torchvision's MobileNetV3 file calls layer 0 "features.0", its segmentation backbone "0"
+    state = {k.removeprefix("features."): v for k, v in state.items()}
+    aside = sorted(set(state) - set(wanted))
+    # strict; num_batches_tracked, which old files lack, BatchNorm supplies itself
+    teacher.backbone.load_state_dict({k: v for k, v in state.items() if k in wanted})
+    print(f"teacher backbone: ImageNet; not loaded: {', '.join(aside)}")
+
+
+def load_plain(teacher, name, source):
+    """Fill a whole teacher from a plain torchvision state dict, backbone.* and classifier.*.
+
+    source: a path, or "voc" for torchvision's COCO_WITH_VOC_LABELS_V1 model (21 classes). An auxiliary head is left
+    aside. Raises InputError for a file of another network or of another number of classes.
+    """
+    if source == "voc":
+        if TEACHERS[name].imagenet is None:
+            raise InputError(f"{name} has no published weights: use --teacher-weights none or a FILE")
+        source = models.get_model_weights(name)["COCO_WITH_VOC_LABELS_V1"].url
+    state = read_weights(source, "--teacher-weights")
+    aside = [k for k in state if k.startswith("aux_classifier.")]
+    state = {k: v for k, v in state.items() if k not in aside}
+    wanted = teacher.state_dict()
+    state = {k: torch.tensor(0) for k in wanted if k.endswith("num_batches_tracked")} | state  # old files lack them
+    bad = sorted(set(state) ^ set(wanted)) or [k for k in wanted if state[k].shape != wanted[k].shape]
+    if bad:
+        there, here = (tuple(d[bad[0]].shape) if bad[0] in d else "nothing" for d in (state, wanted))
+        raise InputError(f"{source}: not {name} with the classes of this data set: {len(bad)} tensors differ, the first "
+                         f"is {bad[0]} (there {there}, here {here}); give --teacher the network of the file, and its data")
+    teacher.load_state_dict(state)
+    print(f"teacher: {source}; not loaded: {len(aside)} tensors of the auxiliary head")
 
 
 class AttentionPool(nn.Module):
@@ -112,7 +147,6 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Linear(channels, embedding)
 
     def forward(self, feature):
-        # paper: unstated; the release has 16x16 positions, where F^T has fewer we keep its own
         x = F.interpolate(feature, (self.grid, self.grid), mode="bilinear")
         x = x.flatten(2).transpose(1, 2)  # B,g*g,C
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding  # B,1+g*g,C
@@ -122,18 +156,19 @@ class AttentionPool(nn.Module):
         return self.c_proj(x.transpose(1, 2).flatten(1))  # B,512
 
 
-def pool_grid(name, crop):
-    """Positions a side of P for crops of `crop` pixels: 16, at most F^T's own."""
-    return min(16, -(-crop // STRIDES.get(name, 8)))
+def pool_grid(teacher, crop, device):
+    """Positions a side of P for this frozen teacher and square crops of `crop` pixels."""
+    # differs: paper not stated, release 16x16, here 16x16 and at most F^T's own positions
+    return min(16, teacher(torch.zeros(1, 3, crop, crop, device=device)).feature.shape[-1])
 
 
 class PoolFitter(nn.Module):
     """Stage 2: P with one learned word vector a class; forward: F^T -> logits (B,K) of "class k is in this crop".
 
-    paper: unstated; the authors' pool weights are missing. CLIP's pool names what a picture shows in the
-    space of its sentences; ours does so in the space of K learned words, fitted by multi-label
-    binary cross-entropy on the frozen teacher's features.
+    CLIP's pool names what a picture shows in the space of its sentences; ours does so in the space of K learned
+    words, fitted by multi-label binary cross-entropy on the frozen teacher's features.
     """
+    # differs: paper a pool as in DenseCLIP, release's weights missing, here fitted on the teacher, or CLIP RN101's
 
     def __init__(self, channels, grid, classes):
         super().__init__()
@@ -146,11 +181,12 @@ class PoolFitter(nn.Module):
 
 def presence(labels, classes):
     """Which classes occur: labels (B,H,W) with 255 = ignore -> float (B,K) of zeros and ones."""
-    return torch.stack([torch.bincount(y[y < classes].flatten(), minlength=classes) > 0 for y in labels]).float()
+    column = labels.clamp(max=classes).flatten(1)  # ignored pixels: one column more
+    return torch.zeros(len(labels), classes + 1, device=labels.device).scatter_(1, column, 1)[:, :classes]
 
 
 def average_precision(scores, truth):
-    """Mean precision at the positives of each class, crops sorted by score: (M,K), (M,K) -> (K,), NaN without a positive."""
+    """Mean precision at the positives of each class, crops sorted by score: (M,K), (M,K) -> (K,), NaN without any."""
     order = scores.argsort(0, descending=True)
     hits = truth.gather(0, order)
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, device=hits.device)[:, None]
