@@ -32,7 +32,7 @@ from tqdm import tqdm
 import losses
 from data import (DATASETS, InputError, Parser, TrainStream, at_least, command, load_checkpoint, normalise,
                   open_dataset, progress, save_tensors, unlabelled_slots, write_atomically)
-from evaluate import commonest, comparison, evaluate, load_network, report, scores, table, write_json
+from evaluate import commonest, comparison, evaluate, load_network, report, report_terms, scores, table, write_json
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
 from teacher import (TEACHERS, AttentionPool, PoolFitter, Teacher, average_precision, initialise, load_clip_pool,
                      load_plain, pool_grid, presence)
@@ -399,7 +399,7 @@ def train(args):
     if args.method != "teacher":
         student = distil(args, data, teacher, pool)
     if args.rank == 0:
-        report(args, data, teacher, teacher_result, student)
+        report_run(args, data, teacher, teacher_result, student)
 
 
 def alone(args):
@@ -491,6 +491,24 @@ def report_pool(fitter, teacher, args, data):
     print_main(args, f"pool: mean average precision on {count} val crops {found:.1f}, class frequency alone "
                      f"{100 * frequency[some].mean():.1f}"
                      + (f"; in every crop, so teaching nothing: {', '.join(every)}" if every else ""))
+
+
+def report_run(args, data, teacher, teacher_result, student):
+    """Print the table of the teacher, the student alone (where its run is at hand) and this student, and their pictures."""
+    entries, folder = {}, experiment(args, data, "student" if student else "teacher")[0]
+    if teacher:
+        entries["teacher"] = teacher, teacher_result, experiment(args, data, "teacher")[0] / "log.csv"
+    if student and args.method != "ce":
+        other, _, _, conditions, _ = experiment(alone(args), data, "student")
+        if (other / "results-val.json").exists():
+            network, state = load_network(other / "last.pt", args.device)
+            if state["stage_conditions"] == conditions:
+                entries["student alone"] = network, json.loads((other / "results-val.json").read_text()), other / "log.csv"
+    if student:
+        label = "student alone" if args.method == "ce" else f"student {args.method}"
+        entries[label] = student, json.loads((folder / "results-val.json").read_text()), folder / "log.csv"
+        report_terms(folder, args.term_weights)
+    report(folder, entries, data, args.base, args.crop, args.device)
 
 
 def print_main(args, text):
