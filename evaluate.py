@@ -420,6 +420,45 @@ def _claims(runs, gains):
     return "\n".join(lines)
 
 
+def report(folder, entries, data, base, window, device):
+    """Print the table of networks and draw comparison.png and curves.png into `folder`.
+
+    entries: label -> (network, its scores on val, its log.csv, which a given teacher has not).
+    """
+    rows, curves = [], {}
+    for label, (network, result, log) in entries.items():
+        rows.append((label, count_parameters(network), milliseconds(network, window, window, device), result))
+        if log.exists():
+            with open(log, newline="") as f:
+                curves[label] = [(int(r["step"]), float(r["val_miou"])) for r in csv.DictReader(f) if r["val_miou"]]
+    print("\n" + table(rows, data.classes))
+    miou = {label: result["miou"] for label, (_, result, _) in entries.items()}
+    for label in miou:
+        if label not in ("teacher", "student alone") and "student alone" in miou:
+            print(f"\ngain of {label}: {miou[label] - miou['student alone']:+.2f} mIoU on val over student alone, one seed")
+        if label != "teacher" and miou[label] > miou.get("teacher", 100):
+            print(f"WARNING: {label} has passed its teacher and can learn little more from it; train the teacher longer")
+    networks = {label: network for label, (network, _, _) in entries.items()}
+    comparison(data, "val", base, window, networks, device).save(folder / "comparison.png")
+    if curves:
+        chart(curves, "step", "val mIoU, %").save(folder / "curves.png")
+    print(f"\nrun folder: {folder}; look at comparison.png and curves.png in it")
+
+
+def report_terms(folder, weights):
+    """Print each term of the last measured step and its share of the gradient in the student's encoder."""
+    with open(folder / "log.csv", newline="") as f:
+        measured = [r for r in csv.DictReader(f) if any(v for k, v in r.items() if k.startswith("grad_"))]
+    if not measured:
+        return
+    row = measured[-1]
+    pull = {n: abs(w) * float(row[f"grad_{n}"]) for n, w in weights.items()}
+    lines = [[f"terms at step {row['step']}", "raw", "weight", "weighted", "gradient in the encoder", "share"]]
+    lines += [[f"  {n}", f"{float(row[f'raw_{n}']):.4g}", f"{w:g}", f"{float(row[f'weighted_{n}']):.4g}",
+               f"{pull[n]:.4g}", f"{pull[n] / (sum(pull.values()) or 1):.0%}"] for n, w in weights.items()]
+    print("\n" + columns(lines))
+
+
 # ---------------------------------------------------------------- checkpoints
 
 def load_network(path, device="cpu"):

@@ -494,7 +494,7 @@ def report_pool(fitter, teacher, args, data):
 
 
 def report_run(args, data, teacher, teacher_result, student):
-    """Print the table of the teacher, the student alone (where its run is at hand) and this student, and their pictures."""
+    """Print the table of the teacher, the student alone (where its run is at hand) and this student; draw them."""
     entries, folder = {}, experiment(args, data, "student" if student else "teacher")[0]
     if teacher:
         entries["teacher"] = teacher, teacher_result, experiment(args, data, "teacher")[0] / "log.csv"
@@ -502,8 +502,9 @@ def report_run(args, data, teacher, teacher_result, student):
         other, _, _, conditions, _ = experiment(alone(args), data, "student")
         if (other / "results-val.json").exists():
             network, state = load_network(other / "last.pt", args.device)
+            result = json.loads((other / "results-val.json").read_text())
             if state["stage_conditions"] == conditions:
-                entries["student alone"] = network, json.loads((other / "results-val.json").read_text()), other / "log.csv"
+                entries["student alone"] = network, result, other / "log.csv"
     if student:
         label = "student alone" if args.method == "ce" else f"student {args.method}"
         entries[label] = student, json.loads((folder / "results-val.json").read_text()), folder / "log.csv"
