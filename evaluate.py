@@ -435,9 +435,11 @@ def report(folder, entries, data, base, window, device):
     miou = {label: result["miou"] for label, (_, result, _) in entries.items()}
     for label in miou:
         if label not in ("teacher", "student alone") and "student alone" in miou:
-            print(f"\ngain of {label}: {miou[label] - miou['student alone']:+.2f} mIoU on val over student alone, one seed")
+            gain = miou[label] - miou["student alone"]
+            print(f"\ngain of {label} over student alone: {gain:+.2f} mIoU on val, one seed")
         if label != "teacher" and miou[label] > miou.get("teacher", 100):
-            print(f"WARNING: {label} has passed its teacher and can learn little more from it; train the teacher longer")
+            print(f"WARNING: {label} has passed its teacher and can learn little more from it; "
+                  "train the teacher longer")
     networks = {label: network for label, (network, _, _) in entries.items()}
     comparison(data, "val", base, window, networks, device).save(folder / "comparison.png")
     if curves:

@@ -123,8 +123,8 @@ def load_plain(teacher, name, source):
     bad = sorted(set(state) ^ set(wanted)) or [k for k in wanted if state[k].shape != wanted[k].shape]
     if bad:
         there, here = (tuple(d[bad[0]].shape) if bad[0] in d else "nothing" for d in (state, wanted))
-        raise InputError(f"{source}: not {name} with the classes of this data set: {len(bad)} tensors differ, the first "
-                         f"is {bad[0]} (there {there}, here {here}); give --teacher the network of the file, and its data")
+        raise InputError(f"{source}: not {name} with the classes of this data set: {len(bad)} tensors differ, the "
+                         f"first is {bad[0]} (there {there}, here {here}); give --teacher the network of the file")
     teacher.load_state_dict(state)
     print(f"teacher: {source}; not loaded: {len(aside)} tensors of the auxiliary head")
 
