@@ -347,8 +347,8 @@ def experiment(args, data, stage):
     if "teacher" in losses.METHODS[args.method].needs:
         conditions |= of_teacher
     conditions |= {n: getattr(args, n) for n in ("student", "student_weights", "steps", "lr")}
-    conditions |= {"unlabelled_images": len(data.pairs.get("unlabelled", ()))}
-    own = {n: getattr(args, n) for n in ("method", "seed", "kl", "pool_steps", "clip")} | {"weights": args.term_weights}
+    own = {n: getattr(args, n) for n in ("method", "seed", "kl", "pool_steps", "clip")}
+    own |= {"weights": args.term_weights, "unlabelled_images": len(data.pairs.get("unlabelled", ()))}
     description |= {"name": args.student, "method": args.method, "seed": args.seed, "conditions": conditions,
                     "label": args.name and args.name.removesuffix(f"-seed{args.seed}")}
     name = args.name or f"{args.method}-{args.student}-seed{args.seed}"
