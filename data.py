@@ -1,4 +1,4 @@
-"""Data sets, label maps, augmentation, downloads, and what every stage shares: errors, files, progress.
+"""Data sets and their label maps, the stream of training crops, downloads, and what every script shares.
 
     python data.py --check --dataset folder --data path/to/data     # read everything, list every fault
 
@@ -6,15 +6,17 @@ Every label leaves this file as uint8 class indices with 255 = ignore, every ima
 """
 import argparse
 import colorsys
+import errno
 import hashlib
 import http.client
+import io
+import math
 import os
 import shutil
-import signal
 import sys
-import tarfile
 import urllib.request
-import zipfile
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
+from torchvision.datasets import Cityscapes
+from torchvision.datasets.utils import extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
@@ -29,7 +33,8 @@ DATASETS = ("shapes", "ade20k", "cityscapes", "voc", "folder")
 IGNORE = 255
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
-MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)  # pads images: zero after normalising
+# differs: paper not stated, release pads crops with black, here with the mean colour, zero after normalising
+MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
 
 # name: (URL, hash, digest, folder inside the archive)
 DOWNLOADS = {
@@ -37,14 +42,8 @@ DOWNLOADS = {
                "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7", "ADEChallengeData2016"),
     "voc": (DATASET_YEAR_DICT["2012"]["url"], "md5", DATASET_YEAR_DICT["2012"]["md5"], "VOCdevkit"),
 }
-CITYSCAPES = (  # labelIds value, name, colour (cityscapesScripts 2.3.0, helpers/labels.py); the row is the trainId
-    (7, "road", (128, 64, 128)), (8, "sidewalk", (244, 35, 232)), (11, "building", (70, 70, 70)),
-    (12, "wall", (102, 102, 156)), (13, "fence", (190, 153, 153)), (17, "pole", (153, 153, 153)),
-    (19, "traffic light", (250, 170, 30)), (20, "traffic sign", (220, 220, 0)),
-    (21, "vegetation", (107, 142, 35)), (22, "terrain", (152, 251, 152)), (23, "sky", (70, 130, 180)),
-    (24, "person", (220, 20, 60)), (25, "rider", (255, 0, 0)), (26, "car", (0, 0, 142)), (27, "truck", (0, 0, 70)),
-    (28, "bus", (0, 60, 100)), (31, "train", (0, 80, 100)), (32, "motorcycle", (0, 0, 230)),
-    (33, "bicycle", (119, 11, 32)))
+# labelIds value, name, colour; the row is the trainId
+CITYSCAPES = tuple((c.id, c.name, c.color) for c in Cityscapes.classes if not c.ignore_in_eval)
 VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
        "person pottedplant sheep sofa train tvmonitor").split()
 SHAPES = ("ground disc square triangle ring cross rod star").split()
@@ -52,104 +51,12 @@ SHAPES_COUNT = {"train": 1600, "val": 100, "test": 400}
 SHAPES_SIZE = 64
 
 
-class InputError(Exception):
-    """A mistake in what the user gave: shown as one line that names the file and the remedy, exit code 2."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM: the state is saved, the same command continues."""
-
-
-def command(main):
-    """Run a script's `main`, turning what a user can mend into one line on stderr and an exit code."""
-    try:
-        main()
-    except InputError as e:
-        sys.exit(_say(str(e).rpartition("InputError: ")[2], 2))  # a loader process puts its traceback in front
-    except OSError as e:
-        reason = f"{e.filename or 'output'}: {e.strerror or e}"
-        sys.exit(_say(f"{reason}; check the path, its permissions and the free space", 2))
-    except torch.cuda.OutOfMemoryError as e:
-        sys.exit(_say(f"out of GPU memory ({str(e).splitlines()[0]}): lower --batch-size or --crop", 2))
-    except (Interrupted, KeyboardInterrupt) as e:
-        sys.exit(_say(str(e) or "interrupted; run the same command again to continue", 128 + signal.SIGINT))
-
-
-def _say(message, code):
-    print(f"error: {' '.join(str(message).split())}" if code == 2 else message, file=sys.stderr)
-    return code
-
-
-class _Lines:
-    """stderr for progress bars that are not on a terminal: each update becomes a line of its own."""
-
-    def write(self, text):
-        sys.stderr.write(text.replace("\r", "\n"))
-
-    def flush(self):
-        sys.stderr.flush()
-
-
-def progress(iterable=None, **kwargs):
-    """tqdm's bar; redirected to a file it writes one plain line every 15 seconds."""
-    if sys.stderr.isatty():
-        return tqdm(iterable, dynamic_ncols=True, **kwargs)
-    return tqdm(iterable, file=_Lines(), mininterval=15, maxinterval=15, ascii=True, ncols=110, **kwargs)
-
-
-def write_atomically(path, write):
-    """Call write(temporary path), sync, rename: a kill at any moment leaves the old file or the new one."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    try:
-        write(aside)
-        with open(aside, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        aside.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot write it ({e}); free some space or choose another --out") from None
-
-
-def load_checkpoint(path, keys=()):
-    """Our own checkpoint as a dict, tensors and plain values only. Raises InputError if it is not one."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the path of a last.pt or best.pt") from None
-    except Exception as e:
-        raise InputError(f"{path}: not a readable checkpoint ({str(e)[:80] or 'empty'}); train again or give another") from None
-    if not isinstance(state, dict) or (missing := [k for k in keys if k not in state]):
-        raise InputError(f"{path}: not a checkpoint of this project: no "
-                         f"{', '.join(missing) if isinstance(state, dict) else 'dictionary'} in it; give a last.pt or best.pt")
-    return state
-
-
-def read_weights(source, option):
-    """A plain state dict from a file or an URL (downloaded once into torch.hub's cache, with a bar)."""
-    if "://" not in str(source):
-        state = load_checkpoint(source)
-        if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise InputError(f"{source}: not a plain state dict of tensors; {option} takes one")
-        return state
-    # Hugging Face calls every model's file pytorch_model.bin, so the cache needs the model's name too
-    name = Path(source).name
-    if "/resolve/" in source:
-        name = source.split("://")[1].split("/resolve/")[0].replace("/", "-") + ".bin"
-    try:
-        return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True, file_name=name,
-                                                  check_hash="download.pytorch.org" in source)
-    except Exception as e:
-        raise InputError(f"{source}: cannot download it ({e}); fetch it elsewhere and save it as "
-                         f"{torch.hub.get_dir()}/checkpoints/{name}, or start from random weights with {option} none") from None
-
-
 @dataclass
 class DataSet:
     """Where a data set's files are and what its label values mean.
 
-    pairs: split -> [(image path, label path)];  lut: 256 entries, label value on disk -> class index,
-    255 = ignore, -1 = a value that must not occur;  palette: one RGB triple a class.
+    pairs: split -> [(image path, label path or None for an image without)];  palette: one RGB triple a class;
+    lut: 256 entries, label value on disk -> class index, 255 = ignore, -1 = a value that must not occur.
     """
     name: str
     classes: list
@@ -161,10 +68,12 @@ class DataSet:
         """Image (PIL, RGB) and label (uint8 array, H,W) at their size on disk. Raises InputError naming the file."""
         image_path, label_path = self.pairs[split][index]
         image = _open(image_path).convert("RGB")
+        if label_path is None:
+            return image, np.full(image.size[::-1], IGNORE, np.uint8)
         raw = _open(label_path)
         if raw.mode not in ("L", "P", "1"):
-            raise InputError(f"{label_path}: mode {raw.mode}, but a label has one index byte a pixel; "
-                             "convert it to class indices")
+            raise LabelInputError(f"{label_path}: mode {raw.mode}, but a label has one index byte a pixel; "
+                                  "convert it to class indices")
         raw = np.array(raw, dtype=np.uint8)
         if raw.shape != image.size[::-1]:
             raise InputError(f"{label_path}: {raw.shape[1]}x{raw.shape[0]}, but its image is "
@@ -173,8 +82,8 @@ class DataSet:
         if (label < 0).any():
             values, counts = np.unique(raw[label < 0], return_counts=True)
             found = ", ".join(f"{v} ({c} pixels)" for v, c in zip(values[:3], counts))
-            raise InputError(f"{label_path}: label values outside the {len(self.classes)} classes: {found}; "
-                             "correct the label or add the class (255 = ignore)")
+            raise LabelInputError(f"{label_path}: label values outside the {len(self.classes)} classes: {found}; "
+                                  "correct the label or add the class (255 = ignore)")
         return image, label.astype(np.uint8)
 
 
@@ -189,10 +98,33 @@ def _open(path):
         raise InputError(f"{path}: truncated or not an image ({e}); get it again") from None
 
 
-def voc_palette(n):
-    """The PASCAL VOC colour map: the bits of the index, three at a time, fill R, G, B from the top."""
-    return [tuple(sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
-            for i in range(n)]
+def open_dataset(name, root=None, missing_ok=False):
+    """The DataSet `name` under `root` (default data/NAME), made or downloaded where that is possible.
+
+    name: shapes, ade20k, cityscapes, voc or folder. Raises InputError where files are missing; missing_ok leaves
+    single files to `read`.
+    """
+    root = Path(root or Path("data") / name)
+    if name == "shapes" and not root.is_dir():
+        make_shapes(root)
+    if name == "folder" and not root.is_dir():
+        raise InputError(f"{root}: no such folder; give --data a folder with images/, labels/ and classes.txt")
+    layouts = {"shapes": _folder, "ade20k": _ade20k, "cityscapes": _cityscapes, "voc": _voc, "folder": _folder}
+    data = DataSet(name, *layouts[name](root))
+    for split in ("train", "val"):
+        if not data.pairs[split]:
+            raise InputError(f"{root}: no image of the {split} split found; README, 'Data', shows the layout of {name}")
+    if not missing_ok:
+        for path in (path for pairs in data.pairs.values() for pair in pairs for path in pair if path):
+            if not path.is_file():
+                raise InputError(f"{path}: no such file; restore it or remove its partner")
+    return data
+
+
+def _pair_up(images, labels):
+    """Every image of a folder with the label of the same stem, or with None where `labels` is None."""
+    images = sorted(p for p in images.glob("*") if p.suffix.lower() in SUFFIXES)
+    return [(p, labels and labels / f"{p.stem}.png") for p in images]
 
 
 def _lut(values):
@@ -203,28 +135,10 @@ def _lut(values):
     return lut
 
 
-def open_dataset(name, root=None, missing_ok=False):
-    """The DataSet `name` under `root` (default data/NAME), made or downloaded where that is possible.
-
-    name: shapes, ade20k, cityscapes, voc or folder. Raises InputError where files are missing; missing_ok leaves
-    single files to `read`.
-    """
-    root = Path(root or Path("data") / name)
-    if name == "folder" and not root.is_dir():
-        raise InputError(f"{root}: no such folder; give --data a folder with images/, labels/ and classes.txt")
-    data = {"shapes": _shapes, "ade20k": _ade20k, "cityscapes": _cityscapes, "voc": _voc, "folder": _folder}[name](root)
-    for split in ("train", "val"):
-        if not data.pairs.get(split):
-            raise InputError(f"{root}: no image of the {split} split found; README, 'Data', shows the layout of {name}")
-    for path in () if missing_ok else (p for pairs in data.pairs.values() for pair in pairs for p in pair):
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; restore it or remove its partner")
-    return data
-
-
-def _pair_up(images, labels):
-    """Every image of a folder with the label of the same stem."""
-    return [(p, labels / f"{p.stem}.png") for p in sorted(images.glob("*")) if p.suffix.lower() in SUFFIXES]
+def voc_palette(n):
+    """The PASCAL VOC colour map: the bits of the index, three at a time, fill R, G, B from the top."""
+    return [tuple(sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
+            for i in range(n)]
 
 
 def _folder(root):
@@ -233,55 +147,50 @@ def _folder(root):
         raise InputError(f"{path}: no such file; write one line a class: name R G B")
     classes, palette = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        *words, r, g, b = line.split() if len(line.split()) >= 4 else ("", "", "", "")
-        if not (words[0:1] and words[0] and all(c.isdecimal() and int(c) < 256 for c in (r, g, b))):
+        words = line.split()
+        name, colour = " ".join(words[:-3]), words[-3:]
+        if not name or not all(c.isdecimal() and int(c) < 256 for c in colour):
             raise InputError(f"{path}, line {number}: {line!r} is not 'name R G B' with three numbers 0..255")
-        classes.append(" ".join(words))
-        palette.append((int(r), int(g), int(b)))
+        classes.append(name)
+        palette.append(tuple(int(c) for c in colour))
     if not 2 <= len(classes) <= 255:
         raise InputError(f"{path}: {len(classes)} classes; 2 to 255 are possible")
     pairs = {s: _pair_up(root / "images" / s, root / "labels" / s) for s in ("train", "val", "test")}
-    return DataSet("folder", classes, palette, pairs, _lut(range(len(classes))))
-
-
-def _shapes(root):
-    if not root.is_dir():
-        make_shapes(root)
-    data = _folder(root)
-    data.name = "shapes"
-    return data
+    pairs["unlabelled"] = _pair_up(root / "images" / "unlabelled", None)
+    return classes, palette, pairs, _lut(range(len(classes)))
 
 
 def _ade20k(root):
     folder = root / DOWNLOADS["ade20k"][3]
     if not folder.is_dir():
         download("ade20k", root)
-    lines = (folder / "objectInfo150.txt").read_text().splitlines()[1:]
-    names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+    info = folder / "objectInfo150.txt"
+    names = [line.split("\t")[-1].split(",")[0].strip() for line in info.read_text().splitlines()[1:]]
     if len(names) != 150:
-        raise InputError(f"{folder / 'objectInfo150.txt'}: {len(names)} classes instead of 150; unpack the archive again")
+        raise InputError(f"{info}: {len(names)} classes instead of 150; unpack the archive again")
     pairs = {short: _pair_up(folder / "images" / split, folder / "annotations" / split)
              for short, split in (("train", "training"), ("val", "validation"))}
     lut = _lut(range(1, 151))
     lut[0] = IGNORE  # "other objects", not evaluated
     lut[IGNORE] = -1
-    return DataSet("ade20k", names, voc_palette(151)[1:], pairs, lut)
+    return names, voc_palette(151)[1:], pairs, lut
 
 
 def _cityscapes(root):
     if not (root / "gtFine").is_dir() or not (root / "leftImg8bit").is_dir():
-        raise InputError(f"{root}: no leftImg8bit/ and gtFine/ in it; register at "
-                         "https://www.cityscapes-dataset.com/downloads, get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip and unpack both there")
+        raise InputError(f"{root}: no leftImg8bit/ and gtFine/ in it; register at https://www.cityscapes-dataset.com/"
+                         "downloads, get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, unpack both there")
     pairs = {}
     for split in ("train", "val"):  # the test split's labels are void: never scored
         images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
-        pairs[split] = [(p, root / "gtFine" / split / p.parent.name /
-                         p.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")) for p in images]
+        labels = (root / "gtFine" / split / p.parent.name / p.name.replace("_leftImg8bit", "_gtFine_labelIds")
+                  for p in images)
+        pairs[split] = list(zip(images, labels))
+    values, names, palette = zip(*CITYSCAPES)
     lut = np.full(256, -1, np.int16)
     lut[:34] = IGNORE
-    for k, (value, _, _) in enumerate(CITYSCAPES):
-        lut[value] = k
-    return DataSet("cityscapes", [c[1] for c in CITYSCAPES], [c[2] for c in CITYSCAPES], pairs, lut)
+    lut[list(values)] = np.arange(len(values))
+    return list(names), list(palette), pairs, lut
 
 
 def _voc(root):
@@ -297,85 +206,127 @@ def _voc(root):
         ids = (lists / source).read_text().split() if (lists / source).is_file() else []
         ids = dict.fromkeys(Path(i).stem for i in ids)  # some lists in circulation name both files of a pair
         pairs[split] = [(folder / "JPEGImages" / f"{i}.jpg", folder / labels / f"{i}.png") for i in ids]
-    return DataSet("voc", VOC, voc_palette(21), pairs, _lut(range(21)))
+    return VOC, voc_palette(21), pairs, _lut(range(21))
 
 
-def download(name, root):
-    """Fetch, verify and unpack DOWNLOADS[name] under `root`, all beside the target and renamed when complete.
+@lru_cache(maxsize=4)
+def _order(seed, epoch, kind, n):
+    """The images of one epoch; kind: 0 labelled, 2 unlabelled, as 1 seeds the crops."""
+    return np.random.default_rng([seed, epoch, kind]).permutation(n)
 
-    A wrong hash (a truncated or altered transfer) deletes the file, says so and tries once more.
-    Raises InputError when it cannot be had; nothing partial is left.
+
+class TrainStream(torch.utils.data.Dataset):
+    """The endless stream of training crops; item `position` is a pure function of (seed, position).
+
+    The last `unlabelled` of every `batch_size` positions hold images without labels, the others those of train;
+    either kind runs through its own epochs, each a permutation of all its images. An image is resized so that its
+    short side is base * u, u uniform in `scale`, cropped at random to crop x crop (smaller ones are padded on the
+    right and at the bottom), and flipped with probability 1/2.
+    Returns image (3,crop,crop) uint8, label (crop,crop) uint8.
     """
-    url, algorithm, digest, folder = DOWNLOADS[name]
-    root.mkdir(parents=True, exist_ok=True)
-    archive = root / Path(url).name
-    for attempt in (1, 2):
-        if not archive.exists():
-            _fetch(name, url, archive)
-        with open(archive, "rb") as f:
-            found = hashlib.file_digest(f, algorithm).hexdigest()
-        if found == digest:
-            break
-        archive.unlink()
-        again = ", trying once more" if attempt == 1 else ""
-        print(f"{archive}: {algorithm} {found} instead of {digest}: deleted{again}")
-    else:
-        raise InputError(f"{url}: the {algorithm} was wrong twice; get it elsewhere and unpack it in {root}")
-    aside = root / "unpacking.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    _unpack(archive, aside)
-    os.replace(aside / folder, root / folder)
-    shutil.rmtree(aside)
-    archive.unlink()
+
+    def __init__(self, data, seed, base, crop, scale, length, batch_size=1, unlabelled=0):
+        self.data, self.seed, self.base, self.crop, self.scale, self.length = data, seed, base, crop, scale, length
+        self.batch_size, self.unlabelled = batch_size, unlabelled
+
+    def __len__(self):
+        return self.length
+
+    def source(self, position):
+        """Which image stands at `position`: its split and its index there."""
+        batch, slot = divmod(position, self.batch_size)
+        labelled = self.batch_size - self.unlabelled
+        if slot < labelled:
+            split, kind, count = "train", 0, batch * labelled + slot
+        else:
+            split, kind, count = "unlabelled", 2, batch * self.unlabelled + slot - labelled
+        n = len(self.data.pairs[split])
+        return split, int(_order(self.seed, count // n, kind, n)[count % n])
+
+    def __getitem__(self, position):
+        image, label = self.data.read(*self.source(position))
+        rng = np.random.default_rng([self.seed, position, 1])
+        # differs: paper not stated, release draws the LONG side from 0.5-2.0 x 520 (its Cityscapes crops are mostly
+        # padding), here the short side is drawn, around the size that evaluation uses
+        s = self.base * rng.uniform(*self.scale) / min(image.size)
+        size = [max(1, round(s * side)) for side in image.size]
+        w, h = (min(self.crop, side) for side in size)
+        x, y = (rng.integers(0, side - cut + 1) for side, cut in zip(size, (w, h)))
+        sx, sy = image.width / size[0], image.height / size[1]
+        box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
+        out = np.empty((self.crop, self.crop, 3), np.uint8)
+        out[:] = MEAN_COLOUR
+        out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR, box))
+        target = np.full((self.crop, self.crop), IGNORE, np.uint8)
+        target[:h, :w] = np.asarray(Image.fromarray(label).resize((w, h), Image.Resampling.NEAREST, box))
+        if rng.random() < 0.5:
+            out, target = out[:, ::-1], target[:, ::-1]
+        return torch.from_numpy(out.transpose(2, 0, 1).copy()), torch.from_numpy(target.copy())
 
 
-def _fetch(name, url, archive):
-    try:
-        with urllib.request.urlopen(url, timeout=60) as reply:
-            size = int(reply.headers.get("Content-Length") or 0)
-        free = shutil.disk_usage(archive.parent).free
-        print(f"{name} is not in {archive.parent}: downloading {url}\n{size / 1e9:.2f} GB, about "
-              f"{2.5 * size / 1e9:.2f} GB of disk with the unpacked files ({free / 1e9:.1f} GB are free)", flush=True)
-        if free < 2.5 * size:
-            raise InputError(f"{archive.parent}: {free / 1e9:.1f} GB free, {2.5 * size / 1e9:.1f} GB needed; "
-                             "give --data a larger disk")
-        torch.hub.download_url_to_file(url, str(archive), progress=True)
-    except (OSError, ValueError, http.client.HTTPException) as e:
-        raise InputError(f"{url}: cannot download it ({e}); get it elsewhere and unpack it in {archive.parent}") from None
+def unlabelled_slots(data, batch_size):
+    """How many slots of a batch hold images without labels; at least one slot keeps its label."""
+    labelled, unlabelled = (len(data.pairs.get(split, ())) for split in ("train", "unlabelled"))
+    if not unlabelled:
+        return 0
+    # unstated: images without labels are ours: half of each batch, or their share of all images where that is less
+    slots = min(batch_size // 2, batch_size * unlabelled // (labelled + unlabelled))
+    return min(max(1, slots), batch_size - 1)
 
 
-def _unpack(archive, target):
-    """Unpack a zip or tar; links and paths that lead outside are refused before anything is written."""
-    opened = zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive)
-    with opened:
-        zipped = isinstance(opened, zipfile.ZipFile)
-        members = opened.infolist() if zipped else opened.getmembers()
-        for m in members:
-            path = m.filename if zipped else m.name
-            link = (m.external_attr >> 28) == 0xA if zipped else not (m.isfile() or m.isdir())
-            if link or Path(path).is_absolute() or ".." in Path(path).parts:
-                raise InputError(f"{archive}: refused, its member {path!r} is a link or leads outside; get another copy")
-        for m in progress(members, desc="unpacking", unit="files"):
-            opened.extract(m, target) if zipped else opened.extract(m, target, filter="data")
+class EvalImages(torch.utils.data.Dataset):
+    """The images of a split at evaluation scale, uint8 (3,h,w), with labels at their own, uint8 (H,W)."""
+
+    def __init__(self, data, split, base, indices=None):
+        self.data, self.split, self.base = data, split, base
+        self.indices = list(range(len(data.pairs[split])) if indices is None else indices)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        image, label = self.data.read(self.split, self.indices[i])
+        image = np.array(resize_short_side(image, self.base)).transpose(2, 0, 1)
+        return torch.from_numpy(image.copy()), torch.from_numpy(label)
+
+
+def resize_short_side(image, base):
+    """PIL image with its short side at `base` pixels, the size at which networks see it in evaluation."""
+    s = base / min(image.size)
+    return image.resize([max(1, round(s * side)) for side in image.size], Image.Resampling.BILINEAR)
+
+
+def spread(total, count):
+    """`count` indices (all if there are fewer) spread evenly over `total` images: neighbours show the same scene."""
+    count = min(count or total, total)
+    return [i * total // count for i in range(count)]
+
+
+@lru_cache
+def _mean_std(device):
+    return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+
+
+def normalise(images):
+    """uint8 RGB (B,3,H,W) -> float32, ImageNet mean 0 and deviation 1, on the images' device."""
+    mean, std = _mean_std(images.device)
+    return (images.float() / 255 - mean) / std
 
 
 def make_shapes(root, seed=0):
     """Draw the embedded data set once, in the layout of `folder`; picture i of a split depends on (seed, i) alone."""
-    aside = root.with_name(root.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    total = sum(SHAPES_COUNT.values())
-    with progress(total=total, desc=f"drawing {root}", unit="pictures") as bar:
-        for number, (split, count) in enumerate(SHAPES_COUNT.items()):
-            for kind in ("images", "labels"):
-                (aside / kind / split).mkdir(parents=True)
-            for index in range(count):
-                image, label = draw_shapes(seed, 1_000_000 * number + index)
-                image.save(aside / "images" / split / f"{index:04d}.png", compress_level=1)
-                label.save(aside / "labels" / split / f"{index:04d}.png")
-                bar.update()
+    part = root.with_name(root.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    for number, (split, count) in enumerate(SHAPES_COUNT.items()):
+        for kind in ("images", "labels"):
+            (part / kind / split).mkdir(parents=True)
+        for index in progress(range(count), desc=f"drawing {root}, {split}", unit="pictures"):
+            image, label = draw_shapes(seed, 1_000_000 * number + index)
+            image.save(part / "images" / split / f"{index:04d}.png", compress_level=1)
+            label.save(part / "labels" / split / f"{index:04d}.png")
     colours = voc_palette(len(SHAPES))
-    (aside / "classes.txt").write_text("".join(f"{n} {r} {g} {b}\n" for n, (r, g, b) in zip(SHAPES, colours)))
-    os.replace(aside, root)
+    (part / "classes.txt").write_text("".join(f"{n} {r} {g} {b}\n" for n, (r, g, b) in zip(SHAPES, colours)))
+    os.replace(part, root)
 
 
 def draw_shapes(seed, index, size=SHAPES_SIZE):
@@ -435,92 +386,73 @@ def _outline(kind, rng, size):
     return mask
 
 
-@lru_cache(maxsize=2)
-def _order(seed, epoch, n):
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def download(name, root):
+    """Fetch, verify and unpack DOWNLOADS[name] under `root`, all beside the target and renamed when complete.
 
-
-class TrainStream(torch.utils.data.Dataset):
-    """The endless stream of training crops; item `position` is a pure function of (seed, position).
-
-    Epoch position // n is a permutation of the n images. Each is resized so that its short side is
-    base * u, u uniform in `scale`, cropped at random to crop x crop (smaller ones are padded on the
-    right and at the bottom), and flipped with probability 1/2.
-    Returns image (3,crop,crop) uint8, label (crop,crop) uint8, file name.
+    A wrong hash (a truncated or altered transfer) deletes the file, says so and tries once more.
+    Raises InputError when it cannot be had; nothing partial is left.
     """
-
-    def __init__(self, data, seed, base, crop, scale, length):
-        self.data, self.seed, self.base, self.crop, self.scale, self.length = data, seed, base, crop, scale, length
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, position):
-        n = len(self.data.pairs["train"])
-        index = int(_order(self.seed, position // n, n)[position % n])
-        image, label = self.data.read("train", index)
-        rng = np.random.default_rng([self.seed, position, 1])
-        # paper: unstated; the release draws the LONG side from 0.5-2.0 x 520: its Cityscapes crops are mostly padding
-        s = self.base * rng.uniform(*self.scale) / min(image.size)
-        size = [max(1, round(s * side)) for side in image.size]
-        w, h = (min(self.crop, side) for side in size)
-        x, y = (rng.integers(0, side - cut + 1) for side, cut in zip(size, (w, h)))
-        sx, sy = image.width / size[0], image.height / size[1]
-        box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
-        out = np.empty((self.crop, self.crop, 3), np.uint8)
-        out[:] = MEAN_COLOUR
-        out[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR, box))
-        target = np.full((self.crop, self.crop), IGNORE, np.uint8)
-        target[:h, :w] = np.asarray(Image.fromarray(label).resize((w, h), Image.Resampling.NEAREST, box))
-        if rng.random() < 0.5:
-            out, target = out[:, ::-1], target[:, ::-1]
-        return torch.from_numpy(out.transpose(2, 0, 1).copy()), torch.from_numpy(target.copy()), \
-            str(self.data.pairs["train"][index][0])
+    url, algorithm, digest, folder = DOWNLOADS[name]
+    root.mkdir(parents=True, exist_ok=True)
+    archive = root / Path(url).name
+    for _ in range(2):
+        if not archive.exists():
+            _fetch(url, archive)
+        with open(archive, "rb") as f:
+            found = hashlib.file_digest(f, algorithm).hexdigest()
+        if found == digest:
+            break
+        archive.unlink()
+        print(f"{archive}: {algorithm} {found} instead of {digest}: deleted")
+    else:
+        raise InputError(f"{url}: the {algorithm} was wrong twice; get it elsewhere and unpack it in {root}")
+    print(f"unpacking {archive}", flush=True)
+    part = root / "unpacking.part"
+    shutil.rmtree(part, ignore_errors=True)
+    extract_archive(archive, part)  # writes nothing outside `part`
+    os.replace(part / folder, root / folder)
+    shutil.rmtree(part)
+    archive.unlink()
 
 
-def resize_short_side(image, base):
-    """PIL image with its short side at `base` pixels, the size at which networks see it in evaluation."""
-    s = base / min(image.size)
-    return image.resize([max(1, round(s * side)) for side in image.size], Image.Resampling.BILINEAR)
+def _fetch(url, archive):
+    try:
+        with urllib.request.urlopen(url, timeout=60) as reply:
+            size = int(reply.headers.get("Content-Length") or 0) / 1e9
+        free = shutil.disk_usage(archive.parent).free / 1e9
+        print(f"downloading {url} to {archive.parent}: {size:.2f} GB, with the unpacked files about "
+              f"{2.5 * size:.2f} GB of disk ({free:.1f} GB are free)", flush=True)
+        if free < 2.5 * size:
+            raise InputError(f"{archive.parent}: {free:.1f} GB free, {2.5 * size:.1f} GB needed; "
+                             "give --data a larger disk")
+        torch.hub.download_url_to_file(url, str(archive), progress=sys.stderr.isatty())
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        raise InputError(f"{url}: cannot download it ({e}); "
+                         f"get it elsewhere and unpack it in {archive.parent}") from None
 
 
-def spread(total, count):
-    """`count` indices (all if there are fewer) spread evenly over `total` images: neighbours show the same scene."""
-    count = min(count or total, total)
-    return [i * total // count for i in range(count)]
+CONVERT = """If their colours are those of classes.txt, this converts them in place (other colours become 255, ignored);
+keep a copy of labels/ first:
 
-
-class EvalImages(torch.utils.data.Dataset):
-    """The images of a split at evaluation scale with labels at their own: (3,h,w) uint8, (H,W) uint8, name."""
-
-    def __init__(self, data, split, base, indices=None):
-        self.data, self.split, self.base = data, split, base
-        self.indices = list(range(len(data.pairs[split])) if indices is None else indices)
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        image, label = self.data.read(self.split, self.indices[i])
-        image = np.array(resize_short_side(image, self.base)).transpose(2, 0, 1)
-        name = str(self.data.pairs[self.split][self.indices[i]][0])
-        return torch.from_numpy(image.copy()), torch.from_numpy(label), name
-
-
-@lru_cache
-def _mean_std(device):
-    return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
-
-
-def normalise(images):
-    """uint8 RGB (B,3,H,W) -> float32, ImageNet mean 0 and deviation 1, on the images' device."""
-    mean, std = _mean_std(images.device)
-    return (images.float() / 255 - mean) / std
+    import numpy as np
+    from pathlib import Path
+    from PIL import Image
+    index = np.full((256, 256, 256), 255, np.uint8)  # of each colour
+    for k, line in enumerate(open({root!r} + "/classes.txt")):
+        index[tuple(int(c) for c in line.split()[-3:])] = k
+    for path in Path({root!r}).glob("labels/*/*.png"):
+        if (image := Image.open(path)).mode != "L":
+            red, green, blue = np.array(image.convert("RGB")).T
+            Image.fromarray(index[red, green, blue].T).save(path)
+"""
 
 
 def check(data):
-    """Read every file of every split; returns the number of faulty pairs, each printed as one line."""
-    faults = 0
+    """Read every file of every split and print each fault as one line.
+
+    Returns how many pairs are faulty, and a Counter of the colours in labels that hold no class indices.
+    """
+    faults, colours = 0, Counter()
     for split, pairs in data.pairs.items():
         for index in progress(range(len(pairs)), desc=f"checking {split}", unit="images"):
             try:
@@ -528,21 +460,148 @@ def check(data):
             except InputError as e:
                 faults += 1
                 print(e)
-    return faults
+                if isinstance(e, LabelInputError):
+                    colours += _colours(pairs[index][1])
+    return faults, colours
+
+
+def _colours(path):
+    """How often each colour (red, green, blue) occurs in a file; each value, if it is grey."""
+    image = Image.open(path)
+    if image.mode.startswith("I"):  # 16 or 32 bits a pixel
+        return Counter()
+    if image.mode != "L":
+        image = image.convert("RGB")
+    return Counter({colour: count for count, colour in image.getcolors(image.width * image.height)})
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check a data set before hours are spent on it.")
+    parser = Parser(description="Check a data set before hours are spent on it.")
     parser.add_argument("--check", action="store_true", required=True, help="read every file and list every fault")
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--data", help="its folder (default: data/NAME)")
     args = parser.parse_args()
     data = open_dataset(args.dataset, args.data, missing_ok=True)
-    faults = check(data)
+    faults, colours = check(data)
+    if colours and args.dataset == "folder":
+        known = dict(enumerate(data.classes)) | {IGNORE: "ignored"} | dict(zip(data.palette, data.classes))
+        print(f"{len(colours)} colours or values in labels that hold no class indices, the commonest and their share:")
+        for colour, count in colours.most_common(12):
+            print(f"  {colour}  {count / colours.total():.1%}  {known.get(colour, 'not in classes.txt')}")
+        if any(isinstance(colour, tuple) for colour in colours):
+            print(CONVERT.format(root=args.data or "data/folder"))
     counts = ", ".join(f"{s}: {len(p)} images" for s, p in data.pairs.items())
     print(f"{counts}, {len(data.classes)} classes, {faults} faulty")
     if faults:
         raise InputError(f"{faults} faulty files are listed above; mend or remove them")
+
+
+# ---------------------------------------------------------------- what every script shares: errors, options, files
+
+class InputError(Exception):
+    """A mistake in what the user gave: shown as one line that names the file and the remedy, exit code 2."""
+
+
+class LabelInputError(InputError):
+    """A label file that holds something else than the classes' indices, colours for instance."""
+
+
+def command(main):
+    """Run a script's `main`, turning what a user can mend into one line on stderr and an exit code."""
+    code = 2
+    try:
+        return main()
+    except InputError as e:
+        message = f"error: {str(e).rpartition('InputError: ')[2]}"  # a loader process puts its traceback in front
+    except torch.cuda.OutOfMemoryError as e:
+        message = f"error: out of GPU memory ({str(e).splitlines()[0]}): lower --batch-size or --crop"
+    except OSError as e:
+        if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # nothing to mend in a path or on the disk: the traceback says more
+        message = f"error: {e.filename or 'output'}: {e.strerror}; check the path, its permissions and the free space"
+    except KeyboardInterrupt as e:
+        message, code = str(e) or "interrupted; run the same command again to continue", 130
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are InputErrors."""
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def at_least(least, kind=int):
+    """A `type` for argparse: finite numbers from `least` up."""
+    def number(text):
+        value = kind(text)
+        if not least <= value < math.inf:  # NaN fails every comparison
+            raise argparse.ArgumentTypeError(f"must be at least {least} and finite, not {text}")
+        return value
+    return number
+
+
+def progress(iterable=None, disable=False, **kwargs):
+    """tqdm's bar; none where stderr is no terminal."""
+    return tqdm(iterable, disable=disable or None, dynamic_ncols=True, **kwargs)
+
+
+def write_atomically(path, content):
+    """Write bytes beside `path`, sync, rename: a kill at any moment leaves the old file or the new one."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        with suppress(OSError):
+            part.unlink()
+        raise InputError(f"{path}: cannot write it ({e}); free some space or choose another place") from None
+
+
+def save_tensors(path, content):
+    """torch.save of a dict, by write_atomically."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_checkpoint(path, keys=()):
+    """Our own checkpoint as a dict, tensors and plain values only. Raises InputError if it is not one."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the path of a last.pt") from None
+    except Exception as e:
+        reason = str(e)[:80] or "empty"
+        raise InputError(f"{path}: not a readable checkpoint ({reason}); train again or give another") from None
+    missing = [k for k in keys if k not in state] if isinstance(state, dict) else ["dictionary"]
+    if missing:
+        raise InputError(f"{path}: not a checkpoint of this project: no {', '.join(missing)} in it; give a last.pt")
+    return state
+
+
+def read_weights(source, option):
+    """A plain state dict from a file or an URL (downloaded once into torch.hub's cache, with a bar)."""
+    if "://" not in str(source):
+        state = load_checkpoint(source)
+        if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise InputError(f"{source}: not a plain state dict of tensors; {option} takes one")
+        return state
+    # Hugging Face calls every model's file pytorch_model.bin, so the cache needs the model's name too
+    name = Path(source).name
+    if "/resolve/" in source:
+        name = source.split("://")[1].split("/resolve/")[0].replace("/", "-") + ".bin"
+    try:
+        return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True, file_name=name,
+                                                  check_hash="download.pytorch.org" in source)
+    except Exception as e:
+        raise InputError(f"{source}: cannot download it ({e}); fetch it elsewhere and save it as {torch.hub.get_dir()}/"
+                         f"checkpoints/{name}, or start from random weights with {option} none") from None
 
 
 if __name__ == "__main__":
