@@ -1,15 +1,18 @@
-"""Evaluation, pictures, export and comparison of trained networks (students and teachers alike).
+"""Evaluation, pictures, comparison and export of trained networks (students and teachers alike).
 
-    python evaluate.py --checkpoint runs/shapes/c2vkd-mit_nano-seed0/last.pt                  # mIoU, per-class IoU
-    python evaluate.py --checkpoint FILE --image a.jpg DIR --pictures OUT                      # overlays, no labels needed
-    python evaluate.py --checkpoint FILE --export student.pt2                                  # the bare network
-    python evaluate.py --compare runs/shapes                                                   # table of all methods
+    python evaluate.py --checkpoint runs/shapes/c2vkd-mit_nano-seed0/last.pt              # mIoU, per-class IoU
+    python evaluate.py --checkpoint FILE --image a.jpg DIR --pictures OUT                  # overlays, no labels needed
+    python evaluate.py --checkpoint FILE --export student.pt2                              # the bare network
+    python evaluate.py --compare runs/shapes runs/camvid                                   # gains of all methods
 
 mIoU: one int64 confusion matrix over all labelled pixels of the split at the labels' original resolution,
 IoU = TP / (TP + FP + FN), mean over the classes that occur in labels or predictions.
 """
-import argparse
+import csv
+import io
+import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -19,14 +22,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
-from torchvision.utils import draw_segmentation_masks
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader
 
-from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, command, load_checkpoint, normalise, open_dataset, progress,
-                  resize_short_side, spread, write_atomically)
+from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, Parser, at_least, command, load_checkpoint,
+                  normalise, open_dataset, progress, resize_short_side, spread, write_atomically)
 from student import VARIANTS, Student, count_parameters
-from teacher import CHANNELS, Teacher
+from teacher import TEACHERS, Teacher
 
+
+# ---------------------------------------------------------------- metric
 
 def confusion_matrix(prediction, label, classes):
     """Counts (K,K) int64, row = label, column = prediction; pixels labelled 255 are left out."""
@@ -44,13 +49,22 @@ def scores(matrix):
             "pixel_accuracy": (100 * hit.sum() / matrix.sum().clamp(min=1)).item()}
 
 
+def commonest(matrix):
+    """mIoU in percent of always answering the commonest class of the labels: no network worth using has less."""
+    labelled = matrix.sum(1)
+    answers = torch.zeros_like(matrix)
+    answers[:, labelled.argmax()] = labelled
+    return scores(answers)["miou"]
+
+
 @torch.no_grad()
 def predict(model, image, size, window=None, stride=None, flip=False, batch=8):
-    """Logits (K,H,W) at `size` of one uint8 image (3,h,w).
+    """Class map (H,W) int64 at `size` of one uint8 image (3,h,w).
 
-    The window slides over the image in steps of at most `stride`; logits are averaged where windows
-    overlap, then resized bilinearly. window=None: the whole image at once. Images smaller than the window are
-    padded with the mean colour. flip: averaged with the mirror image.
+    The window slides over the image in steps of at most `stride` (default: two thirds of it), `batch` windows at a
+    time; logits are averaged where windows overlap, then resized bilinearly. window=None: the whole image at once.
+    Images smaller than the window are padded with the mean colour. flip: averaged with the mirror image.
+    On a GPU the network runs in bf16.
     """
     image = normalise(image[None])
     if flip:
@@ -58,23 +72,26 @@ def predict(model, image, size, window=None, stride=None, flip=False, batch=8):
     h, w = image.shape[2:]
     win_h, win_w = (window, window) if window else (max(h, 32), max(w, 32))
     image = F.pad(image, (0, max(0, win_w - w), 0, max(0, win_h - h)))
-    tops, lefts = (_starts(side, win, min(stride or win, win)) for side, win in zip(image.shape[2:], (win_h, win_w)))
+    # unstated: how far the paper's 512 windows overlap; here a third
+    tops, lefts = (_starts(side, win, min(stride or 2 * win // 3, win))
+                   for side, win in zip(image.shape[2:], (win_h, win_w)))
     corners = [(y, x) for y in tops for x in lefts]
     total = weight = 0
     for i in range(0, len(corners), batch):
         some = corners[i:i + batch]
         crops = torch.cat([image[:, :, y:y + win_h, x:x + win_w] for y, x in some])
-        logits = F.interpolate(model(crops)[0].float(), (win_h, win_w), mode="bilinear")
+        with torch.autocast("cuda", torch.bfloat16, enabled=image.is_cuda):
+            logits = model(crops)[0].float()
         if i == 0:
             total = logits.new_zeros(len(image), logits.shape[1], *image.shape[2:])
             weight = logits.new_zeros(image.shape[2:])
         for (y, x), part in zip(some, logits.split(len(image))):
-            total[:, :, y:y + win_h, x:x + win_w] += part
+            total[:, :, y:y + win_h, x:x + win_w] += F.interpolate(part, (win_h, win_w), mode="bilinear")
             weight[y:y + win_h, x:x + win_w] += 1
     logits = (total / weight)[:, :, :h, :w]
     if flip:
         logits = (logits[:1] + logits[1:].flip(3)) / 2
-    return F.interpolate(logits, tuple(size), mode="bilinear")[0]
+    return class_map(logits[0], tuple(size))
 
 
 def _starts(side, window, stride):
@@ -82,94 +99,323 @@ def _starts(side, window, stride):
     return list(range(0, side - window, stride)) + [side - window]
 
 
-def default_stride(window):
-    """Two thirds of the window; None, like the window, for whole images."""
-    # paper: unstated; how far its 512 windows overlap
-    return 2 * window // 3 if window else None
+def class_map(logits, size, group=None):
+    """argmax (H,W) int64 over the classes of logits (K,h,w) resized bilinearly to `size`.
+
+    `group` classes are resized at a time (default: up to 128 MB), because K x H x W numbers of a large picture
+    are gigabytes. Ties go to the lower class, as in argmax.
+    """
+    group = group or max(1, 2 ** 25 // (size[0] * size[1]))
+    best = classes = None
+    for first in range(0, len(logits), group):
+        # each class as a picture of its own: how torch rounds depends on the number of channels
+        value, index = F.interpolate(logits[first:first + group, None], size, mode="bilinear")[:, 0].max(0)
+        if first == 0:
+            best, classes = value, index
+        else:
+            classes = torch.where(value > best, index + first, classes)
+            best = torch.maximum(value, best)
+    return classes
 
 
 def evaluate(model, data, split, base, window, device, stride=None, flip=False, batch=8, images=None,
-             desc="evaluating"):
-    """Confusion matrix (K,K) of `model` on `images` (default: all) images of a split.
+             desc="evaluating", workers=0):
+    """Confusion matrix (K,K) of `model` on `images` (default: all) images of a split, decoded by `workers` processes.
 
     With several processes each takes every n-th image, once, and the counts are added up.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     dataset = EvalImages(data, split, base, spread(len(data.pairs[split]), images)[rank::processes])
+    # a generator of its own: the loader would draw from the one that training continues with
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator())
     matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
-    for i in progress(range(len(dataset)), desc=desc, unit="images", disable=rank > 0, leave=False):
-        image, label, _ = dataset[i]
+    for image, label in progress(loader, desc=desc, unit="images", disable=rank > 0, leave=False):
         label = label.to(device)
-        logits = predict(model, image.to(device), label.shape, window, stride or default_stride(window), flip, batch)
-        matrix += confusion_matrix(logits.argmax(0), label, len(data.classes))
+        prediction = predict(model, image.to(device), label.shape, window, stride, flip, batch)
+        matrix += confusion_matrix(prediction, label, len(data.classes))
     model.train(was_training)
     if processes > 1:
         dist.all_reduce(matrix)
     return matrix
 
 
+@torch.no_grad()
+def milliseconds(network, height, width, device):
+    """Milliseconds of a forward pass of one image as in `predict`: the median of 5 after one to warm up."""
+    image, times = torch.randn(1, 3, height, width, device=device), []
+    for _ in range(6):
+        begin = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16, enabled=image.is_cuda):
+            network(image)
+        if image.is_cuda:
+            torch.cuda.synchronize(image.device)
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times[1:])
+
+
 # ---------------------------------------------------------------- pictures
 
-def colourise(image, classes_map, palette):
-    """Blend uint8 image (3,H,W) with the class colours of classes_map (H,W); 255 stays uncoloured."""
-    present = [k for k in classes_map.unique().tolist() if k != IGNORE]
-    if not present:
-        return image
-    masks = torch.stack([classes_map == k for k in present])
-    return draw_segmentation_masks(image, masks, alpha=0.7, colors=[tuple(palette[k]) for k in present])
+def paint(classes, palette):
+    """RGB picture (PIL) of a map (H,W) of class indices: each class in its colour, 255 white, which no palette has."""
+    colours = np.full((256, 3), 255, np.uint8)
+    colours[:len(palette)] = palette
+    return Image.fromarray(colours[classes.numpy()])
 
 
-def strip(data, split, base, window, models, device, images=4):
-    """Picture: a row for each of `images` images spread over the split; columns image | label | `models` (name -> network)."""
-    rows = []
-    for index in spread(len(data.pairs[split]), images):
-        image, label, _ = EvalImages(data, split, base, [index])[0]
-        columns = {"image": image, "label": colourise(image, _to_size(label, image), data.palette)}
-        for name, model in models.items():
-            was_training = model.training
-            logits = predict(model.eval(), image.to(device), image.shape[1:], window, default_stride(window))
-            columns[name] = colourise(image, logits.argmax(0).cpu(), data.palette)
-            model.train(was_training)
-        rows.append(columns)
-    width = max(160, max(r["image"].shape[2] for r in rows))
-    pictures = [[_fit(p, width) for p in r.values()] for r in rows]
-    height = sum(r[0].height + 4 for r in pictures)
-    sheet = Image.new("RGB", (len(rows[0]) * (width + 4) - 4, height + 16), "white")
-    draw, y = ImageDraw.Draw(sheet), 16
-    for column, name in enumerate(rows[0]):
-        draw.text((column * (width + 4) + 2, 2), name, fill="black")
-    for row in pictures:
-        for column, picture in enumerate(row):
-            sheet.paste(picture, (column * (width + 4), y))
-        y += row[0].height + 4
+def legend(present, classes, palette, width):
+    """Picture `width` pixels wide that names the class indices in `present`; 255 is called ignored."""
+    size = max(12, width // 60)
+    font, names = ImageFont.load_default(size=size), [*classes, *["ignored"] * (IGNORE + 1 - len(classes))]
+    present, box = sorted(present), paint(torch.arange(IGNORE + 1)[None], palette)
+    step = 3 * size + max(round(font.getlength(names[k])) for k in present)
+    columns = max(1, width // step)
+    sheet = Image.new("RGB", (width, 2 * size * -(-len(present) // columns)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, k in enumerate(present):
+        x, y = i % columns * step, i // columns * 2 * size + size // 2
+        draw.rectangle((x, y, x + size, y + size), fill=box.getpixel((k, 0)), outline="grey")
+        draw.text((x + 3 * size // 2, y + size // 2), names[k], fill="black", font=font, anchor="lm")
     return sheet
-
-
-def _to_size(label, image):
-    return F.interpolate(label[None, None].float(), image.shape[1:], mode="nearest-exact")[0, 0].long()
-
-
-def _fit(tensor, width):
-    picture = Image.fromarray(tensor.permute(1, 2, 0).numpy())
-    return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.NEAREST)
 
 
 def overlay(image, prediction, classes, palette):
-    """PIL image at its size blended with its prediction (H,W), over a legend of the classes that occur."""
-    picture = colourise(torch.from_numpy(np.array(image)).permute(2, 0, 1), prediction, palette)
-    picture = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    present = prediction.unique().tolist()
-    columns = max(1, picture.width // 120)
-    sheet = Image.new("RGB", (picture.width, picture.height + 16 * -(-len(present) // columns)), "white")
-    sheet.paste(picture)
-    draw = ImageDraw.Draw(sheet)
-    for i, k in enumerate(present):
-        x, y = i % columns * 120, picture.height + i // columns * 16
-        draw.rectangle((x + 2, y + 3, x + 12, y + 13), fill=tuple(palette[k]))
-        draw.text((x + 16, y + 2), classes[k], fill="black")
+    """PIL image blended with its prediction (H,W), above a legend of the classes that occur."""
+    below = legend(prediction.unique().tolist(), classes, palette, image.width)
+    return Image.fromarray(np.vstack([Image.blend(image, paint(prediction, palette), 0.7), below]))
+
+
+def comparison(data, split, base, window, models, device, images=4):
+    """Picture to project: a row for each of `images` images spread over the split, above a legend.
+
+    Columns: image | label | one for each network in `models` (name -> network; None is left out), in class colours.
+    """
+    models = {name: model for name, model in models.items() if model is not None}
+    rows, present = [], set()
+    for index in spread(len(data.pairs[split]), images):
+        image, label = EvalImages(data, split, base, [index])[0]
+        maps = [label]
+        for model in models.values():
+            was_training = model.training
+            maps.append(predict(model.eval(), image.to(device), label.shape, window).cpu())
+            model.train(was_training)
+        rows.append([Image.fromarray(image.permute(1, 2, 0).numpy()), *(paint(m, data.palette) for m in maps)])
+        present.update(*(m.unique().tolist() for m in maps))
+    width = min(max(256, *(row[0].width for row in rows)), 512)
+    tiles = [[_title(name, width) for name in ("image", "label", *models)]]
+    for row in rows:
+        size = width, round(width * row[0].height / row[0].width)
+        tiles.append([ImageOps.expand(p.resize(size, Image.Resampling.NEAREST), 3, "white") for p in row])
+    sheet = np.vstack([np.hstack(row) for row in tiles])
+    return Image.fromarray(np.vstack([sheet, legend(present, data.classes, data.palette, sheet.shape[1])]))
+
+
+def _title(name, width):
+    sheet = Image.new("RGB", (width + 6, width // 8), "white")
+    font = ImageFont.load_default(size=width // 12)
+    ImageDraw.Draw(sheet).text((4, width // 16), name, fill="black", font=font, anchor="lm")
     return sheet
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "black")  # for the colour-blind, too
+FONT = ImageFont.load_default(size=18)
+
+
+def _ticks(low, high):
+    """Three to six round numbers at equal distances that enclose low..high."""
+    high = high if high > low else low + 1
+    power = 10 ** math.floor(math.log10((high - low) / 4))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 4)
+    return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _axes(size, x_names, y_names, xlabel, left, top):
+    """White picture with grid lines and their names (position -> str, from left or bottom to right or top).
+
+    Returns the picture and the function from (x, y) to its pixels.
+    """
+    (width, height), (x0, *_, x1), (y0, *_, y1) = size, x_names, y_names
+    right, bottom = width - 30, height - 60
+
+    def at(x, y):
+        return left + (right - left) * (x - x0) / (x1 - x0), bottom - (bottom - top) * (y - y0) / (y1 - y0)
+
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, name in x_names.items():
+        draw.line((at(x, y0), at(x, y1)), fill="lightgrey")
+        draw.text((at(x, y0)[0], bottom + 6), name, fill="black", font=FONT, anchor="ma")
+    for y, name in y_names.items():
+        draw.line((at(x0, y), at(x1, y)), fill="lightgrey")
+        draw.text((left - 8, at(x0, y)[1]), name, fill="black", font=FONT, anchor="rm")
+    draw.text((right, height - 6), xlabel, fill="black", font=FONT, anchor="rd")
+    return sheet, at
+
+
+def chart(curves, xlabel, ylabel, size=(800, 480)):
+    """Line chart (PIL) of curves: name -> [(x, y), ...], each with at least one point."""
+    xs, ys = ({tick: f"{tick:g}" for tick in _ticks(min(values), max(values))}
+              for values in zip(*itertools.chain(*curves.values())))
+    sheet, at = _axes(size, xs, ys, xlabel, left=60, top=70)
+    draw, x = ImageDraw.Draw(sheet), 60
+    draw.text((8, 58), ylabel, fill="black", font=FONT, anchor="ld")
+    for (name, points), colour in zip(curves.items(), itertools.cycle(COLOURS)):
+        corners = [at(*point) for point in points]
+        draw.line(corners, fill=colour, width=3)
+        for corner in corners:
+            draw.circle(corner, 5, fill=colour)
+        draw.line((x, 18, x + 24, 18), fill=colour, width=5)
+        draw.text((x + 32, 18), name, fill="black", font=FONT, anchor="lm")
+        x += 60 + FONT.getlength(name)
+    return sheet
+
+
+def gain_chart(rows):
+    """Picture (PIL) of the rows of `compare`: a method's gain over `ce` as a dot, its 95% interval as a line."""
+    lines = []  # (text, a method's row or, under the group's name, None)
+    for group, members in itertools.groupby(rows, lambda r: f"{r['group']}: {r['split']}, {r['steps']} steps"):
+        lines += [(group, None), *((r["method"], r) for r in members if r["gain"] is not None)]
+    ends = [0, *(v for _, row in lines if row for v in (row["gain"], row["low"], row["high"]) if v is not None)]
+    xs = {tick: f"{tick:+g}" if tick else "0" for tick in _ticks(min(ends), max(ends))}
+    ys = {len(lines): "", **{i: text if row else "" for i, (text, row) in enumerate(lines)}, -1: ""}
+    sheet, at = _axes((800, 30 * len(lines) + 100), xs, ys, left=180, top=10,
+                      xlabel="gain over ce in points of mIoU; line: 95% interval, if there are several seeds")
+    draw = ImageDraw.Draw(sheet)
+    draw.line((at(0, -1), at(0, len(lines))), fill="black", width=2)
+    for y, (text, row) in enumerate(lines):
+        if row is None:
+            draw.text((8, at(0, y)[1]), text, fill="black", font=FONT, anchor="lm", stroke_width=4, stroke_fill="white")
+        else:
+            colour = COLOURS[row["method"] == "c2vkd"]
+            if row["low"] is not None:
+                draw.line((at(row["low"], y), at(row["high"], y)), fill=colour, width=4)
+            draw.circle(at(row["gain"], y), 7, fill=colour)
+    return sheet
+
+
+# ---------------------------------------------------------------- tables and the comparison of runs
+
+def columns(rows):
+    """Text table of rows of str, the first row its head: first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
+                     for row in rows)
+
+
+def number(value, form=".2f"):
+    return "-" if value is None else format(value, form)
+
+
+def table(rows, classes):
+    """Text table of networks, each row (label, parameters, milliseconds an image or None, scores)."""
+    head = [["", "parameters", "ms an image", "mIoU", "pixel acc."]]
+    head += [[label, f"{count:,}", number(ms, ".1f"), number(s["miou"]), number(s["pixel_accuracy"])]
+             for label, count, ms, s in rows]
+    each = [["IoU of each class, %", *(row[0] for row in rows)]]
+    each += [[name, *(number(row[-1]["iou"][k]) for row in rows)] for k, name in enumerate(classes)]
+    return f"{columns(head)}\n\n{columns(each)}"
+
+
+def read_runs(folder, split):
+    """Results of all students below `folder`: label or method -> seed -> result, with "val", its mIoU on val.
+
+    Raises InputError where two runs differ in a condition that both have (`ce` has none that concern a teacher).
+    """
+    runs, seen = {}, {}
+    for path in sorted(Path(folder).rglob(f"results-{split}.json")):
+        result = json.loads(path.read_text())
+        if result.get("method") in (None, "teacher"):
+            continue
+        conditions = result["conditions"] | {"step": result["step"]}
+        differing = [k for k, value in conditions.items() if seen.setdefault(k, (value, path))[0] != value]
+        if differing:
+            raise InputError(f"{path}: differs from {seen[differing[0]][1]} in {', '.join(differing)}; "
+                             "compare runs of the same conditions")
+        name = result.get("label") or result["method"]
+        if result["seed"] in runs.setdefault(name, {}):
+            raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
+        runs[name][result["seed"]] = result | {"val": _val_miou(path, result)}
+    if not runs:
+        raise InputError(f"{folder}: no results-{split}.json below it; run train.py, or evaluate.py --split {split}")
+    return runs
+
+
+def _val_miou(path, result):
+    """mIoU on val, at the same step, of the run whose results lie at `path`."""
+    val = path.with_name("results-val.json")
+    found = json.loads(val.read_text()) if val.exists() else {}
+    if found.get("step") != result["step"]:
+        raise InputError(f"{val}: missing or of another step than {path.name}, and the best baseline is chosen on val; "
+                         "run evaluate.py on the last.pt beside it")
+    return found["miou"]
+
+
+# two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+
+
+def interval(values):
+    """(low, high): Student's 95% interval of a mean; (None, None) for fewer than two values."""
+    if len(values) < 2:
+        return None, None
+    half = T95[min(len(values) - 2, len(T95) - 1)] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def _signed(values):
+    """Mean and interval as two pieces of text."""
+    low, high = interval(values)
+    return f"{statistics.mean(values):+.2f}", "(one seed)" if low is None else f"[{low:+.2f}, {high:+.2f}]"
+
+
+def compare(folder, split):
+    """One group of runs, all below `folder` -> (text, rows).
+
+    The text: mIoU mean and deviation of each method, gain over `ce` paired by seed, the paper's claim, IoU of each
+    class. rows: what stands in its first table as dicts, None where there is nothing. Raises InputError (read_runs).
+    """
+    runs = read_runs(folder, split)
+    alone, some = runs.get("ce", {}), next(iter(next(iter(runs.values())).values()))
+    gains = {name: {s: r["miou"] - alone[s]["miou"] for s, r in seeds.items() if s in alone}
+             for name, seeds in runs.items() if name != "ce"}
+    rows = []
+    for name, seeds in runs.items():
+        values, gain = [r["miou"] for r in seeds.values()], list(gains.get(name, {}).values())
+        low, high = interval(gain)
+        rows.append({"group": str(folder), "split": split, "steps": some["step"], "method": name, "seeds": len(values),
+                     "mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
+                     "gain": statistics.mean(gain) if gain else None, "low": low, "high": high})
+    overview = [["method", "seeds", "mIoU", "std", "gain over ce", "95% interval"]]
+    overview += [[r["method"], str(r["seeds"]), number(r["mean"]), number(r["std"]),
+                  *(_signed(gains[r["method"]].values()) if gains.get(r["method"]) else "--")] for r in rows]
+    each = [["IoU of each class, %", *runs]]
+    for k, name in enumerate(some["classes"]):
+        cells = [[r["iou"][k] for r in seeds.values() if r["iou"][k] is not None] for seeds in runs.values()]
+        each.append([name, *(number(statistics.mean(c) if c else None) for c in cells)])
+    parts = f"{folder}: {split}, {some['step']} steps\n{columns(overview)}", _claims(runs, gains), columns(each)
+    return "\n\n".join(filter(None, parts)), rows
+
+
+def _claims(runs, gains):
+    """Lines that hold c2vkd against the logit baseline that gains most on val, and against FitNet, seed by seed."""
+    ours, on_val, lines = gains.get("c2vkd", {}), {}, []
+    for name, gain in gains.items():
+        shared = gain.keys() & ours.keys()
+        if shared and runs[name][min(shared)]["method"] not in ("ce", "c2vkd", "vlfd", "fitnet", "pdd_fitnet"):
+            on_val[name] = statistics.mean(runs[name][s]["val"] - runs["ce"][s]["val"] for s in shared)
+    if on_val:
+        best = max(on_val, key=on_val.get)  # never chosen on test
+        mine, theirs = zip(*((ours[s], gain) for s, gain in gains[best].items() if s in ours))
+        claim = [a - 2 * b for a, b in zip(mine, theirs)]
+        lost = f"   but {best} loses: this is no gain" if statistics.mean(theirs) < 0 < statistics.mean(claim) else ""
+        low, _ = interval(theirs)
+        ratio = f"{statistics.mean(mine) / statistics.mean(theirs):.0%}" if low is not None and low > 0 else \
+            f"undefined: the interval of the gain of {best} is not above 0"
+        lines += [f"gain(c2vkd) - 2 gain({best}) = {'   '.join(_signed(claim))}{lost}", f"gain(c2vkd) / gain({best}): {ratio}"]
+    if lead := [ours[s] - gain for s, gain in gains.get("fitnet", {}).items() if s in ours]:
+        lines.append(f"gain(c2vkd) - gain(fitnet) = {'   '.join(_signed(lead))}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -179,66 +425,61 @@ def load_network(path, device="cpu"):
 
     Raises InputError for files that are not such checkpoints or whose tensors do not fit.
     """
-    state = load_checkpoint(path, ("network", "name", "classes", "palette", "base", "window", "dataset", "step"))
-    if state["name"] not in VARIANTS and state["name"] not in CHANNELS:
-        raise InputError(f"{path}: holds a network called {state['name']!r}, which this version does not know")
-    model = (Student if state["name"] in VARIANTS else Teacher)(state["name"], len(state["classes"]))
+    state = load_checkpoint(path, ("module", "name", "classes", "palette", "base", "window", "dataset", "step"))
+    name, weights = state["name"], state["module"]
+    if name in VARIANTS:  # A_v and A_l, the heads, serve training alone
+        model = Student(name, len(state["classes"]))
+        weights = {k.removeprefix("student."): v for k, v in weights.items() if not k.startswith("heads.")}
+    elif name in TEACHERS:
+        model = Teacher(name, len(state["classes"]))
+    else:
+        raise InputError(f"{path}: holds a network called {name!r}, which this version does not know")
     try:
-        model.load_state_dict(state["network"])
+        model.load_state_dict(weights)
     except RuntimeError as e:
-        raise InputError(f"{path}: its tensors do not fit {state['name']} ({str(e).splitlines()[1].strip()[:100]})") from None
+        raise InputError(f"{path}: its tensors do not fit {name} ({str(e).splitlines()[1].strip()[:100]})") from None
     return model.to(device).eval(), state
 
 
-def table(rows, classes):
-    """Text table: rows of (label, parameters, scores)."""
-    wide = 2 + max(len(text) for text in [*classes, *(row[0] for row in rows), "IoU of each class, %"])
-    lines = [f"{'':{wide}}{'parameters':>12}{'mIoU':>8}{'pixel acc.':>12}"]
-    lines += [f"{name:{wide}}{count:12,d}{s['miou']:8.2f}{s['pixel_accuracy']:12.2f}" for name, count, s in rows]
-    lines += ["", f"{'IoU of each class, %':{wide}}" + "".join(f"{name.split()[0]:>12}" for name, *_ in rows)]
-    for k, name in enumerate(classes):
-        cells = [s["iou"][k] for *_, s in rows]
-        lines.append(f"{name:{wide}}" + "".join(f"{'absent':>12}" if v is None else f"{v:12.2f}" for v in cells))
-    return "\n".join(lines)
-
-
 def write_json(path, value):
-    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 # ---------------------------------------------------------------- commands
 
-def _evaluate_checkpoint(args, model, state, device):
+def _evaluate_checkpoint(args, model, state):
     data = open_dataset(args.dataset or state["dataset"], args.data or state.get("data"))
     if data.classes != state["classes"]:
-        raise InputError(f"{args.checkpoint}: trained on {len(state['classes'])} classes that are not those of the data; "
-                         "give its own --data")
+        raise InputError(f"{args.checkpoint}: trained on {len(state['classes'])} classes that are not those of the "
+                         "data; give its own --data")
     if not data.pairs.get(args.split):
         raise InputError(f"the data has no {args.split} split; choose another --split")
     window = None if args.whole else args.window or state["window"]
-    matrix = evaluate(model, data, args.split, state["base"], window, device, args.stride, args.flip, args.batch_size)
+    matrix = evaluate(model, data, args.split, state["base"], window, args.device, args.stride, args.flip,
+                      args.batch_size, workers=args.workers)
     result = scores(matrix)
-    print(table([(state["name"], count_parameters(model), result)], data.classes))
-    # only the standard protocol on the run's own data is compared, and never the step that was chosen on val
+    print(table([(state["name"], count_parameters(model), None, result)], data.classes))
+    # only the standard protocol on the run's own data is compared
     own = data.name == state["dataset"] and (not args.data or os.path.abspath(args.data) == state.get("data"))
-    if own and window == state["window"] and not (args.stride or args.flip) and Path(args.checkpoint).name != "best.pt":
+    if own and window == state["window"] and not (args.stride or args.flip):
         write_json(Path(args.checkpoint).with_name(f"results-{args.split}.json"),
                    result | {k: state.get(k) for k in ("label", "method", "seed", "conditions", "classes", "step")})
     if args.pictures:
         Path(args.pictures).mkdir(parents=True, exist_ok=True)
         path = Path(args.pictures) / f"{args.split}.png"
-        strip(data, args.split, state["base"], state["window"], {state["name"]: model}, device, images=8).save(path)
+        comparison(data, args.split, state["base"], state["window"], {state["name"]: model}, args.device, 8).save(path)
         print(f"pictures: {path}")
 
 
-def _overlays(args, model, state, device):
+def _overlays(args, model, state):
     files = []
     for item in map(Path, args.image):
         files += sorted(p for p in item.iterdir() if p.suffix.lower() in SUFFIXES) if item.is_dir() else [item]
     if not files:
         raise InputError(f"{args.image[0]}: no .jpg or .png in it")
     if len({p.stem for p in files}) < len(files):
-        raise InputError("two --image files share their name but for folder or ending, and so their picture; colour them apart")
+        raise InputError("two --image files share their name but for folder or ending, and so their picture; "
+                         "colour them apart")
     out = Path(args.pictures or "pictures")
     if out.resolve() in {p.resolve().parent for p in files}:
         raise InputError(f"{out}: holds the images themselves, which would be overwritten; give another --pictures")
@@ -250,9 +491,9 @@ def _overlays(args, model, state, device):
             raise InputError(f"{path}: not a readable image ({e.strerror or e}); give another --image") from None
         small = torch.from_numpy(np.array(resize_short_side(image, state["base"]))).permute(2, 0, 1)
         window = None if args.whole else args.window or state["window"]
-        logits = predict(model, small.to(device), image.size[::-1], window, args.stride or default_stride(window),
-                         args.flip, args.batch_size)
-        overlay(image, logits.argmax(0).cpu(), state["classes"], state["palette"]).save(out / f"{path.stem}.png")
+        prediction = predict(model, small.to(args.device), image.size[::-1], window, args.stride, args.flip,
+                             args.batch_size).cpu()
+        overlay(image, prediction, state["classes"], state["palette"]).save(out / f"{path.stem}.png")
     print(f"{len(files)} pictures in {out}")
 
 
@@ -273,152 +514,72 @@ def _export(args, model, state):
     h, w = (32 * torch.export.Dim(n, min=2, max=128) for n in "hw")
     program = torch.export.export(bare, (torch.randn(2, 3, side, side),),
                                   dynamic_shapes=({0: torch.export.Dim("b", min=1, max=64), 2: h, 3: w},))
-    write_atomically(args.export, lambda p: torch.export.save(program, p.open("wb")))
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"classes.json": json.dumps(state["classes"])})
+    write_atomically(args.export, content.getvalue())
     again = torch.export.load(args.export).module()
     x = torch.randn(1, 3, side + 32, side)
     with torch.no_grad():
         difference = (again(x) - bare(x)).abs().max().item()
-    print(f"{args.export}: {Path(args.export).stat().st_size / 1e6:.1f} MB, largest difference to the original {difference:.1e}")
+    print(f"{args.export}: {len(content.getvalue()) / 1e6:.1f} MB, largest difference to the original {difference:.1e}")
     networks = {state["name"]: model}
     teacher = (state.get("conditions") or {}).get("teacher")
     if teacher:  # it costs the same whatever its weights are
         networks[teacher] = Teacher(teacher, len(state["classes"])).eval()
     for name, network in networks.items():
-        print(f"{name}: {count_parameters(network):,} parameters, {_milliseconds(network, x):.0f} ms for one "
-              f"{x.shape[2]}x{x.shape[3]} image on this CPU")
+        print(f"{name}: {count_parameters(network):,} parameters, {milliseconds(network, *x.shape[2:], 'cpu'):.0f} ms "
+              f"for one {x.shape[2]}x{x.shape[3]} image on this CPU")
 
 
-@torch.no_grad()
-def _milliseconds(network, x):
-    times = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        network(x)
-        times.append(time.perf_counter() - begin)
-    return 1000 * statistics.median(times[1:])
-
-
-def compare(folder, split):
-    """Text table of all runs below `folder`: mIoU mean and deviation, gain over `ce` paired by seed, the paper's claim.
-
-    The baseline of the claim is the one that gains most on val.
-    Raises InputError where runs differ in data, schedule or initialisation.
-    """
-    runs = {}
-    for path in sorted(Path(folder).rglob(f"results-{split}.json")):
-        result = json.loads(path.read_text())
-        if result.get("method") and result["method"] != "teacher":
-            runs[path] = result
-    if not runs:
-        raise InputError(f"{folder}: no results-{split}.json below it; run train.py, or evaluate.py --split {split}, first")
-    first, reference = next(iter(runs.items()))
-    for path, result in runs.items():
-        differing = [k for k in reference["conditions"] if result["conditions"].get(k) != reference["conditions"][k]]
-        differing += ["step"] * (result["step"] != reference["step"])
-        if differing:
-            raise InputError(f"{path}: differs from {first} in {', '.join(differing)}; compare runs of the same conditions")
-    by_method = {}
-    for path, result in runs.items():
-        name = result.get("label") or result["method"]
-        if result["seed"] in by_method.setdefault(name, {}):
-            raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
-        by_method[name][result["seed"]] = result | {"val": _val_miou(path, result)}
-    alone = by_method.get("ce", {})
-    lines = [f"{split}, {reference['step']} steps",
-             f"{'method':16s}{'seeds':>6s}{'mIoU':>8s}{'std':>7s}{'gain over ce':>14s}   95% interval"]
-    gains = {}
-    for method, seeds in by_method.items():
-        values = [r["miou"] for r in seeds.values()]
-        line = f"{method:16s}{len(values):6d}{statistics.mean(values):8.2f}" + \
-            (f"{statistics.stdev(values):7.2f}" if len(values) > 1 else f"{'-':>7s}")
-        if method != "ce" and set(seeds) & set(alone):
-            gains[method] = {s: seeds[s]["miou"] - alone[s]["miou"] for s in seeds if s in alone}
-            line += f"{statistics.mean(gains[method].values()):+14.2f}   {_interval(list(gains[method].values()))}"
-        lines.append(line)
-    ours = gains.get("c2vkd", {})
-    shared = {m: {s: g[s] for s in g if s in ours} for m, g in gains.items()  # the baselines' gains, on the seeds of c2vkd
-              if all(r["method"] != "c2vkd" for r in by_method[m].values())}
-    on_val = {m: statistics.mean(by_method[m][s]["val"] - alone[s]["val"] for s in g) for m, g in shared.items() if g}
-    if on_val:
-        best = max(on_val, key=on_val.get)  # never chosen on test
-        gain = statistics.mean(shared[best].values())
-        difference = [ours[s] - 2 * g for s, g in shared[best].items()]
-        lines.append(f"\ngain(c2vkd) - 2 gain({best}) = {statistics.mean(difference):+.2f}   {_interval(difference)}"
-                     + (f"   but {best} loses: this is no gain" if gain < 0 < statistics.mean(difference) else ""))
-        low = _bounds(list(shared[best].values()))[0]
-        ratio = f"{statistics.mean(ours[s] for s in shared[best]) / gain:.0%}" if low > 0 else \
-            f"undefined: the interval of the gain of {best} is not above 0"
-        lines.append(f"gain(c2vkd) / gain({best}): {ratio}")
-    lines += ["", f"{'IoU of each class':20s}" + "".join(f"{m[:11]:>12s}" for m in by_method)]
-    for k, name in enumerate(reference["classes"]):
-        cells = [[r["iou"][k] for r in seeds.values() if r["iou"][k] is not None] for seeds in by_method.values()]
-        lines.append(f"{name[:19]:20s}" + "".join(f"{statistics.mean(c):12.2f}" if c else f"{'absent':>12s}" for c in cells))
-    return "\n".join(lines)
-
-
-def _val_miou(path, result):
-    """mIoU on val, at the same step, of the run whose results lie at `path`."""
-    val = path.with_name("results-val.json")
-    found = json.loads(val.read_text()) if val.exists() else {}
-    if found.get("step") != result["step"]:
-        raise InputError(f"{val}: missing or of another step than {path.name}, and the best baseline is chosen on val; "
-                         "run evaluate.py on the last.pt beside it")
-    return found["miou"]
-
-
-# two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
-
-
-def _bounds(values):
-    """Student's t interval of a mean; infinite for fewer than two values."""
-    if len(values) < 2:
-        return -float("inf"), float("inf")
-    half = T95[min(len(values) - 2, len(T95) - 1)] * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values) - half, statistics.mean(values) + half
-
-
-def _interval(values):
-    return "(one seed)" if len(values) < 2 else "[{:+.2f}, {:+.2f}]".format(*_bounds(values))
+def _compare(args):
+    out, rows = Path(args.pictures or args.compare[0]), []
+    for folder in args.compare:
+        text, more = compare(folder, args.split)
+        print(f"{text}\n")
+        rows += more
+    out.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(out / "compare.csv", text.getvalue().encode())
+    gain_chart(rows).save(out / "compare.png")
+    print(f"{out / 'compare.csv'}, {out / 'compare.png'}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Evaluate, apply, export or compare trained networks.")
+    gpu = torch.cuda.is_available()
+    parser = Parser(description="Evaluate, apply, export or compare trained networks.")
     what = parser.add_argument_group("what to do")
-    what.add_argument("--checkpoint", metavar="FILE", help="a last.pt or best.pt: print its mIoU")
+    what.add_argument("--checkpoint", metavar="FILE", help="a last.pt: print its mIoU")
     what.add_argument("--image", nargs="+", metavar="PATH", help="pictures or folders to colour instead")
     what.add_argument("--export", metavar="FILE", help="write the bare network through torch.export instead")
-    what.add_argument("--compare", metavar="DIR", help="table of all runs below DIR (no checkpoint needed)")
+    what.add_argument("--compare", nargs="+", metavar="DIR", help="gains of the runs below each (no checkpoint needed)")
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=DATASETS, help="default: the checkpoint's")
     data.add_argument("--data", metavar="DIR", help="its folder; default: the checkpoint's")
     data.add_argument("--split", default="val", choices=("train", "val", "test"), help="images to score (default val)")
     how = parser.add_argument_group("how")
-    how.add_argument("--window", type=int, metavar="PIXELS", help="side of the sliding window; default: the training crop")
-    how.add_argument("--stride", type=int, metavar="PIXELS", help="its step; default: 2/3 of the window")
+    how.add_argument("--window", type=at_least(32), metavar="PIXELS",
+                     help="side of the sliding window; default: the training crop")
+    how.add_argument("--stride", type=at_least(1), metavar="PIXELS", help="its step; default: 2/3 of the window")
     how.add_argument("--whole", action="store_true", help="whole images instead of windows")
     how.add_argument("--flip", action="store_true", help="average with the mirror image")
-    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at a time (default 8)")
+    how.add_argument("--batch-size", type=at_least(1), default=8, metavar="N", help="windows at a time (default 8)")
+    how.add_argument("--workers", type=at_least(0), default=8 if gpu else 0, metavar="N",
+                     help="processes that decode images (default 8 with a GPU, else 0)")
     how.add_argument("--pictures", metavar="DIR", help="where pictures go")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda if there is one)")
+    how.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
-    for name in ("window", "stride", "batch_size"):
-        least = 32 if name == "window" else 1
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.compare:
-        return print(compare(args.compare, args.split))
+        return _compare(args)
     if not args.checkpoint:
         parser.error("--checkpoint FILE or --compare DIR is needed")
-    if args.device != "cpu" and not torch.cuda.is_available():
+    if args.device != "cpu" and not gpu:
         raise InputError(f"--device {args.device}: no such device found; use --device cpu")
     model, state = load_network(args.checkpoint, args.device)
-    if args.export:
-        _export(args, model, state)
-    elif args.image:
-        _overlays(args, model, state, args.device)
-    else:
-        _evaluate_checkpoint(args, model, state, args.device)
+    act = _export if args.export else _overlays if args.image else _evaluate_checkpoint
+    act(args, model, state)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Scores, sliding windows, pictures, checkpoints, export and the comparison of runs."""
+import csv
 import json
 import random
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate as module
 from data import IGNORE, EvalImages, InputError, normalise, open_dataset
-from evaluate import compare, confusion_matrix, evaluate, load_network, overlay, predict, scores, strip
+from evaluate import (chart, class_map, columns, commonest, compare, comparison, confusion_matrix, evaluate, gain_chart,
+                      load_network, milliseconds, overlay, paint, predict, scores, table)
 from student import Student
 from teacher import Teacher
 
@@ -59,7 +63,8 @@ def checkpoint(root, tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "run" / "last.pt"
     path.parent.mkdir()
-    torch.save({"network": Student("mit_nano", 3).state_dict(), "name": "mit_nano", "dataset": "folder", "data": str(root),
+    module = nn.ModuleDict({"student": Student("mit_nano", 3), "heads": nn.ModuleDict({"A_v": nn.Conv2d(256, 8, 1)})})
+    torch.save({"module": module.state_dict(), "name": "mit_nano", "dataset": "folder", "data": str(root),
                 "classes": CLASSES, "palette": PALETTE, "base": 48, "window": 32, "step": 7, "label": "mine",
                 "method": "ce", "seed": 1, "conditions": {"steps": 7}}, path)
     return path
@@ -97,9 +102,24 @@ def test_scores_of_nothing_are_zero():
     assert scores(torch.zeros(2, 2, dtype=torch.int64)) == {"miou": 0, "iou": [None, None], "pixel_accuracy": 0}
 
 
+def test_commonest_is_the_score_of_one_answer_for_everything():
+    torch.manual_seed(0)
+    label = torch.randint(4, (40, 40)).clamp(min=1)  # classes 1, 2 and 3; half of the pixels are 1
+    matrix = confusion_matrix(torch.randint(5, (40, 40)), label, 5)
+    assert commonest(matrix) == scores(confusion_matrix(torch.ones_like(label), label, 5))["miou"]
+    assert commonest(torch.tensor([[6, 0], [1, 1]])) == pytest.approx((75 + 0) / 2)
+    assert commonest(torch.zeros(2, 2, dtype=torch.int64)) == 0
+
+
 # ---------------------------------------------------------------- windows
 
-def test_windows_of_a_pointwise_network_give_the_whole_image():
+@pytest.fixture
+def logits(monkeypatch):
+    """Instead of a class map, `predict` returns the logits (K,H,W) that it would take it from."""
+    monkeypatch.setattr(module, "class_map", lambda z, size: F.interpolate(z[None], size, mode="bilinear")[0])
+
+
+def test_windows_of_a_pointwise_network_give_the_whole_image(logits):
     rng, model = random.Random(0), Pointwise()
     for _ in range(25):
         h, w, window = rng.randint(5, 90), rng.randint(5, 90), rng.randint(32, 64)
@@ -112,18 +132,29 @@ def test_windows_of_a_pointwise_network_give_the_whole_image():
         torch.testing.assert_close(predict(model, image, size, flip=flip), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_overlapping_windows_are_averaged():
-    class Count(nn.Module):  # logits 0, 1, 2, ... for the windows in their order
-        seen = -1
+class Count(nn.Module):
+    """Logits 0, 1, 2, ... for the windows in their order."""
+    seen = -1
 
-        def forward(self, x):
-            self.seen += 1
-            return torch.full((1, 1, *x.shape[2:]), float(self.seen)), None
+    def forward(self, x):
+        self.seen += 1
+        return torch.full((1, 1, *x.shape[2:]), float(self.seen)), None
+
+
+def test_overlapping_windows_are_averaged(logits):
     found = predict(Count(), torch.zeros(3, 32, 48, dtype=torch.uint8), (32, 48), window=32, stride=20, batch=1)
     assert found[0, 0].tolist() == [0] * 16 + [0.5] * 16 + [1] * 16  # 16: the second window lies flush with the end
 
 
-def test_flip_averages_with_the_mirror_image():
+def test_windows_overlap_by_a_third_unless_a_stride_is_given():
+    image = torch.zeros(3, 36, 36 + 2 * 24, dtype=torch.uint8)
+    for stride, windows in ((None, 3), (36, 3), (12, 5)):
+        model = Count()
+        predict(model, image, (4, 4), window=36, stride=stride, batch=1)
+        assert model.seen + 1 == windows
+
+
+def test_flip_averages_with_the_mirror_image(logits):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 2, 3, padding=1)
     image = torch.randint(256, (3, 40, 48), dtype=torch.uint8)
@@ -131,6 +162,44 @@ def test_flip_averages_with_the_mirror_image():
     x = normalise(image[None])
     torch.testing.assert_close(found, ((conv(x) + conv(x.flip(3)).flip(3)) / 2)[0])
     assert not torch.allclose(found, conv(x)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(30, 141), (113, 43), (120, 160)])
+def test_class_map_is_argmax_whatever_the_group(size):
+    torch.manual_seed(0)
+    many = torch.randn(13, 12, 16)
+    few = torch.randint(3, (13, 12, 16)).float()  # ties nearly everywhere
+    few[:, :3] = 0
+    for logits in (many, few, few[:1]):
+        expected = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].argmax(0)
+        for group in (1, 2, 3, 5, 12, 13, 14, None):
+            found = class_map(logits, size, group)
+            assert found.dtype == torch.int64 and torch.equal(found, expected)
+        assert all(torch.equal(class_map(logits, (7, 5), group), class_map(logits, (7, 5))) for group in (1, 2, 3, 12))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest new tensor had."""
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("window, flip", [(512, False), (512, True), (None, False)])
+def test_a_large_picture_of_many_classes_needs_little_memory(window, flip):
+    def model(x):  # on the device "meta" shapes are all there is, so this costs nothing
+        return (x.new_zeros(len(x), 150, x.shape[2] // 4, x.shape[3] // 4),)
+    with Largest() as largest:
+        image = torch.zeros(3, 512, 683, dtype=torch.uint8, device="meta")
+        found = predict(model, image, (3000, 4000), window, flip=flip)
+    assert found.shape == (3000, 4000) and found.dtype == torch.int64
+    seen = (1 + flip) * 150 * 512 * 683  # logits of the small picture that the network sees
+    assert largest.elements <= seen < 3000 * 4000 * 150 / 17
 
 
 def test_small_images_are_padded_with_the_mean_colour():
@@ -147,9 +216,27 @@ def test_evaluate_counts_every_labelled_pixel_once_for_any_batch_size(data):
     assert all(torch.equal(first, m) for m in others)
     labelled = sum((data.read("val", i)[1] != IGNORE).sum() for i in range(3))
     assert first.sum() == labelled and model.training
-    expected = sum(confusion_matrix(predict(model, image, label.shape, 32, 21).argmax(0), label, 3)
-                   for image, label, _ in (EvalImages(data, "val", 64)[i] for i in range(3)))
+    expected = sum(confusion_matrix(predict(model, image, label.shape, 32, 21), label, 3)
+                   for image, label in (EvalImages(data, "val", 64)[i] for i in range(3)))
     assert torch.equal(first, expected)
+
+
+def test_loader_processes_and_the_state_of_random_numbers_play_no_part(data):
+    torch.manual_seed(0)
+    model, before = Pointwise(), torch.get_rng_state()
+    alone, helped = (evaluate(model, data, "val", 64, 32, "cpu", workers=n) for n in (0, 1))
+    assert torch.equal(alone, helped) and torch.equal(before, torch.get_rng_state())
+
+
+def test_several_processes_take_every_image_once(data, monkeypatch):
+    model, whole = Pointwise(), 0
+    alone = evaluate(model, data, "val", 64, 32, "cpu")
+    for name, value in dict(is_initialized=True, get_world_size=2, all_reduce=None).items():
+        monkeypatch.setattr(module.dist, name, lambda *_, value=value: value)
+    for rank in (0, 1):
+        monkeypatch.setattr(module.dist, "get_rank", lambda rank=rank: rank)
+        whole += evaluate(model, data, "val", 64, 32, "cpu")
+    assert torch.equal(whole, alone)
 
 
 def test_evaluate_takes_the_first_images_only_if_asked(data):
@@ -163,28 +250,82 @@ def test_overlay_keeps_the_size_and_puts_a_legend_below():
     prediction = torch.zeros(50, 250, dtype=torch.int64)
     prediction[:, 125:] = 2
     picture = overlay(Image.new("RGB", (250, 50), "black"), prediction, CLASSES, PALETTE)
-    assert picture.size == (250, 50 + 16)  # both names fit in one line
-    blue, red, legend = (picture.getpixel(at) for at in ((10, 10), (240, 10), (7, 50 + 8)))
-    assert blue[2] > 150 and blue[0] < 10 and red[0] > 150 and red[2] < 10 and legend == tuple(PALETTE[0])
+    assert picture.size == (250, 50 + 24)  # both names fit in one line
+    blue, red, box = (picture.getpixel(at) for at in ((10, 10), (240, 10), (6, 50 + 12)))
+    assert blue == (0, 0, 175) and red == (175, 0, 0) and box == tuple(PALETTE[0])
     prediction[:, 100] = 1
-    assert overlay(Image.new("RGB", (250, 50)), prediction, CLASSES, PALETTE).size == (250, 50 + 2 * 16)
+    assert overlay(Image.new("RGB", (250, 50)), prediction, CLASSES, PALETTE).size == (250, 50 + 2 * 24)
 
 
-def test_strip_has_a_row_an_image_and_a_column_a_network(data):
-    models = {"teacher": Pointwise().train(), "student": Pointwise()}
-    sheet = strip(data, "val", 32, 32, models, "cpu", images=2)
-    heights = [round(max(h, 32 * h // min(h, w)) * 160 / w) for h, w in SIZES[:2]]
-    assert sheet.width == 4 * 160 + 3 * 4 and abs(sheet.height - (16 + sum(h + 4 for h in heights))) <= 12
+def test_paint_gives_each_class_its_colour_and_ignored_pixels_white():
+    label = torch.tensor([[0, 1], [2, IGNORE]], dtype=torch.uint8)
+    assert np.array(paint(label, PALETTE)).tolist() == [[PALETTE[0], PALETTE[1]], [PALETTE[2], [255] * 3]]
+
+
+def test_comparison_has_a_row_an_image_and_a_column_a_network(data):
+    models = {"teacher": Pointwise().train(), "nobody": None, "student": Pointwise()}
+    sheet = comparison(data, "val", 32, 32, models, "cpu", images=2)
+    first, second = (round(256 * h / w) + 6 for h, w in ((32, 45), (62, 32)))  # SIZES, the short side at 32
+    assert sheet.width == 4 * (256 + 6) and sheet.height == 32 + first + second + 2 * (sheet.width // 60)
     assert models["teacher"].training
+    label = paint(data_label(data, 0), data.palette)
+    for row, column in ((3, 5), (20, 30), (39, 55)):
+        at = (262 + 3 + int((column + 0.5) * 256 / 56), 32 + 3 + int((row + 0.5) * (first - 6) / 40))
+        assert sheet.getpixel(at) == label.getpixel((column, row))
 
 
-def test_ignored_pixels_stay_uncoloured():
-    image = torch.full((3, 4, 4), 90, dtype=torch.uint8)
-    label = torch.full((4, 4), IGNORE)
-    assert torch.equal(module.colourise(image, label, PALETTE), image)
-    label[0] = 1
-    coloured = module.colourise(image, label, PALETTE)
-    assert torch.equal(coloured[:, 1:], image[:, 1:]) and (coloured[1, 0] > 150).all()
+def data_label(data, index):
+    return torch.from_numpy(data.read("val", index)[1])
+
+
+def colours_in(picture):
+    return {colour for _, colour in picture.getcolors(100_000)}
+
+
+def test_chart_draws_every_curve_in_a_colour_of_its_own():
+    curves = {"teacher": [(0, 10), (400, 60)], "alone": [(100, 30), (400, 45)], "one point": [(200, 20)]}
+    picture = chart(curves, "step", "val mIoU")
+    colours = [tuple(bytes.fromhex(c[1:])) for c in module.COLOURS[:4]]
+    assert picture.size == (800, 480) and picture.getpixel((2, 2)) == (255, 255, 255)
+    assert [c in colours_in(picture) for c in colours] == [True, True, True, False]
+    # axes 0..400 and 0..60 between the pixels 60..770 and 420..70
+    assert picture.getpixel((60, 362)) == picture.getpixel((768, 72)) == colours[0]
+    assert picture.getpixel((60 + 355, 420 - 117)) == colours[2]
+
+
+@pytest.mark.parametrize("low, high, expected", [(0, 400, [0, 100, 200, 300, 400]), (12.5, 61, [0, 20, 40, 60, 80]),
+                                                 (-0.3, 0.4, [-0.4, -0.2, 0, 0.2, 0.4]), (5, 5, [5, 5.5, 6])])
+def test_ticks_are_round_and_enclose_the_values(low, high, expected):
+    assert module._ticks(low, high) == pytest.approx(expected)
+
+
+def test_gain_chart_has_a_line_for_each_method_and_group():
+    row = {"group": "runs", "split": "val", "steps": 400, "gain": 2.0, "low": 1.0, "high": 3.0}
+    rows = [row | {"method": "c2vkd"}, row | {"method": "kd", "gain": -1, "low": None, "high": None},
+            row | {"method": "ce", "gain": None}]
+    one, two = gain_chart(rows), gain_chart(rows + [r | {"group": "more"} for r in rows])
+    assert one.size == (800, 3 * 30 + 100) and two.size == (800, 6 * 30 + 100)
+    assert gain_chart(rows[2:]).width == 800  # no gain to show
+    left, right = (180 + 590 * (v + 1) / 4 for v in (1, 3))  # the axis goes from -1 to 3
+    y = 10 + 120 / 4 * 2
+    ours, theirs = (tuple(bytes.fromhex(module.COLOURS[i][1:])) for i in (1, 0))
+    assert all(one.getpixel((round(x), round(y))) == ours for x in (left + 2, (left + right) / 2, right - 2))
+    assert one.getpixel((180, 10 + 120 // 4 * 3)) == theirs
+
+
+# ---------------------------------------------------------------- tables
+
+def test_columns_align_the_first_to_the_left_and_the_others_to_the_right():
+    assert columns([["name", "a", "long"], ["x", "1.00", "2"]]) == "name     a  long\nx     1.00     2"
+
+
+def test_table_of_networks():
+    good, bad = ({"miou": m, "iou": [m, None], "pixel_accuracy": 90.0} for m in (50.0, 7.0))
+    text = table([("teacher", 1234567, 12.34, good), ("student", 89, None, bad)], ["sky", "tall grass"]).splitlines()
+    assert text[0].split() == ["parameters", "ms", "an", "image", "mIoU", "pixel", "acc."]
+    assert text[1].split() == ["teacher", "1,234,567", "12.3", "50.00", "90.00"]
+    assert text[2].split() == ["student", "89", "-", "7.00", "90.00"]
+    assert [row.split() for row in text[5:]] == [["sky", "50.00", "7.00"], ["tall", "grass", "-", "-"]]
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -192,22 +333,31 @@ def test_ignored_pixels_stay_uncoloured():
 def test_network_of_a_checkpoint_comes_back_in_eval_mode(checkpoint):
     model, state = load_network(checkpoint)
     assert isinstance(model, Student) and not model.training and state["step"] == 7
-    assert all(torch.equal(v, state["network"][k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, state["module"][f"student.{k}"]) for k, v in model.state_dict().items())
 
 
 def test_teachers_are_loaded_alike(checkpoint):
-    state = torch.load(checkpoint) | {"name": "deeplabv3_resnet10", "network": Teacher("deeplabv3_resnet10", 3).state_dict()}
-    torch.save(state, checkpoint)
+    weights = Teacher("deeplabv3_resnet10", 3).state_dict()
+    torch.save(torch.load(checkpoint) | {"name": "deeplabv3_resnet10", "module": weights}, checkpoint)
     assert isinstance(load_network(checkpoint)[0], Teacher)
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"name": "vit_huge"}, "vit_huge"), ({"name": "mit_b0"}, "do not fit mit_b0"), ({"classes": CLASSES[:2]}, "do not fit mit_nano"),
-    ({"network": None}, "no network"), ({"palette": None}, "no palette")])
+    ({"name": "vit_huge"}, "vit_huge"), ({"name": "mit_b0"}, "do not fit mit_b0"),
+    ({"classes": CLASSES[:2]}, "do not fit mit_nano"), ({"module": {}}, "do not fit mit_nano"),
+    ({"module": None}, "no module"), ({"palette": None}, "no palette")])
 def test_checkpoint_that_does_not_fit_is_refused(checkpoint, change, named):
     state = torch.load(checkpoint) | change
     torch.save({k: v for k, v in state.items() if v is not None}, checkpoint)
     with pytest.raises(InputError, match=named):
+        load_network(checkpoint)
+
+
+def test_only_the_heads_may_be_left_aside(checkpoint):
+    state = torch.load(checkpoint)
+    state["module"]["other.weight"] = torch.zeros(1)
+    torch.save(state, checkpoint)
+    with pytest.raises(InputError, match="do not fit mit_nano .*other.weight"):
         load_network(checkpoint)
 
 
@@ -223,12 +373,20 @@ def test_exported_network_is_the_same_function_for_other_batches_and_sizes(check
     run(monkeypatch, "--checkpoint", checkpoint, "--export", tmp_path / "student.pt2")
     printed = float(re.search(r"largest difference to the original (\S+)", capsys.readouterr().out)[1])
     model, _ = load_network(checkpoint)
-    exported = torch.export.load(tmp_path / "student.pt2").module()
+    extra = {"classes.json": ""}
+    exported = torch.export.load(tmp_path / "student.pt2", extra_files=extra).module()
+    assert json.loads(extra["classes.json"]) == CLASSES
     for shape in ((1, 3, 64, 128), (3, 3, 96, 64)):
         x = torch.randn(shape)
         with torch.no_grad():
             expected = F.interpolate(model(x)[0], shape[2:], mode="bilinear", align_corners=False)
             assert (exported(x) - expected).abs().max() < 1e-4 and printed < 1e-4
+
+
+def test_milliseconds_time_six_passes_of_one_image():
+    shapes = []
+    assert milliseconds(lambda x: shapes.append(x.shape), 32, 48, "cpu") > 0
+    assert shapes == 6 * [(1, 3, 32, 48)]
 
 
 # ---------------------------------------------------------------- the command line
@@ -251,14 +409,9 @@ def test_results_of_other_protocols_are_printed_but_not_kept(checkpoint, options
     assert "mIoU" in capsys.readouterr().out and not (checkpoint.parent / "results-val.json").exists()
 
 
-def test_best_checkpoint_is_printed_but_not_kept(checkpoint, monkeypatch, capsys):
-    run(monkeypatch, "--checkpoint", checkpoint.rename(checkpoint.with_name("best.pt")))
-    assert "mIoU" in capsys.readouterr().out and not (checkpoint.parent / "results-val.json").exists()
-
-
 def test_pictures_of_a_split(checkpoint, tmp_path, monkeypatch):
     run(monkeypatch, "--checkpoint", checkpoint, "--split", "train", "--pictures", tmp_path / "out")
-    assert Image.open(tmp_path / "out" / "train.png").width == 3 * 160 + 2 * 4
+    assert Image.open(tmp_path / "out" / "train.png").width == 3 * (256 + 6)
     assert (checkpoint.parent / "results-train.json").exists()
 
 
@@ -269,10 +422,12 @@ def test_images_and_folders_are_coloured_at_their_size(checkpoint, root, tmp_pat
     Image.new("RGBA", (31, 45)).save(tmp_path / "more" / "b.PNG")
     Image.new("RGB", (130, 40)).save(tmp_path / "more" / "c.jpeg")
     (tmp_path / "more" / "notes.txt").write_text("no picture")
-    run(monkeypatch, "--checkpoint", checkpoint, "--image", tmp_path / "grey.jpg", tmp_path / "more", "--pictures", tmp_path / "out", *options)
+    run(monkeypatch, "--checkpoint", checkpoint, "--image", tmp_path / "grey.jpg", tmp_path / "more",
+        "--pictures", tmp_path / "out", *options)
     sizes = {p.name: Image.open(p).size for p in (tmp_path / "out").iterdir()}
     assert {name: width for name, (width, _) in sizes.items()} == {"grey.png": 70, "b.png": 31, "c.png": 130}
-    assert all((sizes[f"{name}.png"][1] - height) in (16, 32, 48) for name, height in (("grey", 30), ("b", 45), ("c", 40)))
+    heights = {"grey.png": 30, "b.png": 45, "c.png": 40}
+    assert all((sizes[name][1] - height) in (24, 48, 72) for name, height in heights.items())
 
 
 def test_images_are_never_overwritten_by_their_pictures(checkpoint, tmp_path, monkeypatch):
@@ -283,9 +438,10 @@ def test_images_are_never_overwritten_by_their_pictures(checkpoint, tmp_path, mo
 
 
 @pytest.mark.parametrize("options, named", [
-    (["--window", "16"], "--window 16"), (["--stride", "0"], "--stride 0"), (["--batch-size", "0"], "--batch-size 0"),
-    (["--split", "test"], "no test split"), (["--image", "absent.png"], "absent.png"), (["--image", "{empty}"], "no .jpg or .png"),
-    (["--image", "{text}"], "not a readable image"), (["--data", "absent"], "absent"), (["--checkpoint", "absent.pt"], "absent.pt"),
+    (["--window", "16"], "--window"), (["--stride", "0"], "--stride"), (["--batch-size", "0"], "--batch-size"),
+    (["--workers", "-1"], "--workers"), (["--split", "test"], "no test split"),
+    (["--image", "absent.png"], "absent.png"), (["--image", "{empty}"], "no .jpg or .png"), (["--image", "{text}"], "not a readable image"),
+    (["--data", "absent"], "absent"), (["--checkpoint", "absent.pt"], "absent.pt"),
     (["--compare", "{empty}"], "no results-val.json")])
 def test_bad_options_are_one_sentence_that_names_them(checkpoint, tmp_path, options, named, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -308,10 +464,9 @@ def test_data_of_other_classes_is_refused(checkpoint, monkeypatch):
         run(monkeypatch, "--checkpoint", checkpoint)
 
 
-def test_something_to_do_is_required(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as end:
+def test_something_to_do_is_required(monkeypatch):
+    with pytest.raises(InputError, match="--checkpoint FILE or --compare DIR"):
         run(monkeypatch)
-    assert end.value.code == 2 and "--checkpoint FILE or --compare DIR" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- comparison
@@ -321,8 +476,8 @@ def write_runs(folder, runs, **changes):
     for name, values in runs.items():
         label, _, method = name.rpartition(":")
         for seed, miou in enumerate(values):
-            result = {"miou": miou, "iou": [miou, None], "pixel_accuracy": 90.0, "label": label or None, "method": method,
-                      "seed": seed, "step": 400, "classes": ["sky", "cat"], "conditions": {"crop": 64, "steps": 400}}
+            result = {"miou": miou, "iou": [miou, None], "pixel_accuracy": 90.0, "label": label or None,
+                      "method": method, "seed": seed, "step": 400, "classes": ["sky", "cat"], "conditions": {"crop": 64, "steps": 400}}
             path = folder / f"{label or method}-seed{seed}" / "results-val.json"
             if miou is not None:
                 path.parent.mkdir()
@@ -336,27 +491,28 @@ def line(text, start):
 
 def test_comparison_pairs_by_seed_and_says_where_a_ratio_is_undefined(tmp_path):
     write_runs(tmp_path, {"ce": [50, 52, 51], "kd": [51, 53, 53], "c2vkd": [53, 56, 54]})
-    text = compare(tmp_path, "val")
-    assert line(text, "ce") == ["ce", "3", "51.00", "1.00"]
+    text, _ = compare(tmp_path, "val")
+    assert line(text, "ce") == ["ce", "3", "51.00", "1.00", "-"]
     # gains 1 1 2: mean 4/3, deviation 0.57735, half width 4.303 * 0.57735 / sqrt(3) = 1.434
     assert line(text, "kd") == ["kd", "3", "52.33", "1.15", "+1.33", "[-0.10,", "+2.77]"]
     assert line(text, "c2vkd") == ["c2vkd", "3", "54.33", "1.53", "+3.33", "[+1.90,", "+4.77]"]  # gains 3 4 3
     # 3 - 2, 4 - 2, 3 - 4: mean 2/3, deviation 1.52753, half width 3.795
     assert "gain(c2vkd) - 2 gain(kd) = +0.67   [-3.13, +4.46]" in text
     assert "gain(c2vkd) / gain(kd): undefined: the interval of the gain of kd is not above 0" in text
-    assert line(text, "sky") == ["sky", "54.33", "51.00", "52.33"] and line(text, "cat") == ["cat"] + 3 * ["absent"]
+    assert line(text, "sky") == ["sky", "54.33", "51.00", "52.33"] and line(text, "cat") == ["cat", "-", "-", "-"]
 
 
 def test_ratio_is_to_the_best_baseline_on_the_same_seeds(tmp_path):
-    write_runs(tmp_path, {"ce": [50, 52, 51, 40], "at": [50.5, 52.5, 51.5, 90], "kd": [51, 53.1, 52.2], "c2vkd": [53, 56, 54]})
-    text = compare(tmp_path, "val")
+    write_runs(tmp_path, {"ce": [50, 52, 51, 40], "at": [50.5, 52.5, 51.5, 90], "kd": [51, 53.1, 52.2],
+                          "c2vkd": [53, 56, 54]})
+    text, _ = compare(tmp_path, "val")
     assert "gain(c2vkd) - 2 gain(kd) = +1.13" in text  # 1, 1.8, 0.6; seed 3 of at has no partner
     assert "gain(c2vkd) / gain(kd): 303%" in text  # 10/3 over 1.1
 
 
 def test_named_runs_have_a_row_of_their_own_and_are_no_baseline(tmp_path):
     write_runs(tmp_path, {"ce": [50, 52], "kd": [51, 53], "c2vkd": [53, 55], "reverse:c2vkd": [58, 59]})
-    text = compare(tmp_path, "val")
+    text, _ = compare(tmp_path, "val")
     assert line(text, "reverse") == ["reverse", "2", "58.50", "0.71", "+7.50", "[+1.15,", "+13.85]"]
     assert "gain(c2vkd) - 2 gain(kd) = +1.00" in text and "None" not in text
 
@@ -367,43 +523,53 @@ def test_the_best_baseline_is_chosen_on_val_and_a_losing_one_is_named(tmp_path):
         text = path.read_text()
         other = {"at": '"miou": 45', "kd": '"miou": 49.5'}.get(path.parent.name[:2])
         path.with_name("results-test.json").write_text(re.sub(r'"miou": \d+', other, text) if other else text)
-    assert "gain(c2vkd) - 2 gain(at) = -4.50" in compare(tmp_path, "val")  # -1 - 4, 0 - 4
-    on_test = compare(tmp_path, "test")
+    assert "gain(c2vkd) - 2 gain(at) = -4.50" in compare(tmp_path, "val")[0]  # -1 - 4, 0 - 4
+    on_test, _ = compare(tmp_path, "test")
     assert "gain(c2vkd) - 2 gain(at) = +11.50" in on_test  # -1 + 10, 0 + 14
-    assert "but at loses: this is no gain" in on_test and "loses" not in compare(tmp_path, "val")
+    assert "but at loses: this is no gain" in on_test and "loses" not in compare(tmp_path, "val")[0]
     val = tmp_path / "kd-seed0" / "results-val.json"
     val.write_text(val.read_text().replace('"step": 400', '"step": 200'))
-    with pytest.raises(InputError, match="kd-seed0/results-val.json: missing or of another step than results-test.json"):
+    with pytest.raises(InputError, match="kd-seed0/results-val.json: missing or of another step than results-test"):
         compare(tmp_path, "test")
 
 
 def test_a_losing_baseline_goes_unnamed_where_the_difference_is_negative_too(tmp_path):
     write_runs(tmp_path, {"ce": [50, 52], "kd": [49, 51], "c2vkd": [40, 42]})
-    text = compare(tmp_path, "val")
+    text, _ = compare(tmp_path, "val")
     assert "gain(c2vkd) - 2 gain(kd) = -8.00" in text and "loses" not in text
 
 
 def test_one_seed_and_seeds_without_partner(tmp_path):
     write_runs(tmp_path, {"ce": [50, 52], "kd": [None, 53], "c2vkd": [53]})
-    text = compare(tmp_path, "val")
+    text, _ = compare(tmp_path, "val")
     assert line(text, "c2vkd") == ["c2vkd", "1", "53.00", "-", "+3.00", "(one", "seed)"]
     assert "gain(c2vkd)" not in text  # kd and c2vkd share no seed
     (tmp_path / "kd-seed1" / "results-val.json").unlink()
-    assert line(compare(tmp_path, "val"), "c2vkd")[4] == "+3.00"
+    assert line(compare(tmp_path, "val")[0], "c2vkd")[4] == "+3.00"
 
 
 def test_teachers_are_not_rows(tmp_path):
     write_runs(tmp_path, {"ce": [50]})
     write_runs(tmp_path, {"teacher": [80]}, method=None)
-    assert "80.00" not in compare(tmp_path, "val")
+    assert "80.00" not in compare(tmp_path, "val")[0]
 
 
-@pytest.mark.parametrize("changes, named", [({"conditions": {"crop": 96, "steps": 400}}, "in crop;"), ({"step": 300}, "in step;"),
-                                            ({"conditions": {"crop": 96}}, "in crop, steps;")])
+@pytest.mark.parametrize("changes, named", [
+    ({"conditions": {"crop": 96, "steps": 400}}, "in crop;"), ({"step": 300}, "in step;"),
+    ({"conditions": {"crop": 96}}, "in crop;"), ({"conditions": {"crop": 96}, "step": 300}, "in crop, step;")])
 def test_runs_of_other_conditions_are_refused(tmp_path, changes, named):
     write_runs(tmp_path, {"ce": [50]})
     write_runs(tmp_path, {"kd": [51]}, **changes)
     with pytest.raises(InputError, match=f"kd-seed0.* differs from .*ce-seed0.* {named}"):
+        compare(tmp_path, "val")
+
+
+def test_conditions_that_one_run_lacks_are_compared_among_the_others(tmp_path):
+    write_runs(tmp_path, {"ce": [50]})
+    write_runs(tmp_path, {"kd": [51]}, conditions={"crop": 64, "steps": 400, "teacher": "good"})
+    assert line(compare(tmp_path, "val")[0], "kd")[4] == "+1.00"
+    write_runs(tmp_path, {"pdd": [51]}, conditions={"crop": 64, "steps": 400, "teacher": "bad"})
+    with pytest.raises(InputError, match="pdd-seed0.* differs from .*kd-seed0.* in teacher;"):
         compare(tmp_path, "val")
 
 
@@ -415,7 +581,39 @@ def test_second_run_of_a_method_and_seed_is_refused(tmp_path):
         compare(tmp_path, "val")
 
 
-def test_compare_from_the_command_line(tmp_path, monkeypatch, capsys):
-    write_runs(tmp_path, {"ce": [50, 51]})
-    run(monkeypatch, "--compare", tmp_path)
-    assert capsys.readouterr().out.startswith("val, 400 steps\n")
+def test_fitnet_has_a_claim_of_its_own_and_hints_are_no_baselines(tmp_path):
+    write_runs(tmp_path, {"ce": [50, 52], "kd": [51, 53], "c2vkd": [54, 57], "fitnet": [53, 55], "pdd_fitnet": [59, 59],
+                          "vlfd": [60, 60], "longer:ce": [70, 70]})
+    text, _ = compare(tmp_path, "val")
+    assert "gain(c2vkd) - 2 gain(kd) = +2.50" in text  # 4 - 2, 5 - 2
+    assert "gain(c2vkd) - gain(fitnet) = +1.50   [-4.85, +7.85]" in text  # 1 and 2
+    for path in tmp_path.glob("kd-*/*.json"):
+        path.unlink()
+    text, _ = compare(tmp_path, "val")
+    assert "2 gain" not in text and "gain(c2vkd) - gain(fitnet) = +1.50" in text
+
+
+def test_rows_hold_what_the_table_shows(tmp_path):
+    write_runs(tmp_path, {"ce": [50, 52], "kd": [51]})
+    ce, kd = compare(tmp_path, "val")[1]
+    assert ce == {"group": str(tmp_path), "split": "val", "steps": 400, "method": "ce", "seeds": 2, "mean": 51,
+                  "std": pytest.approx(2 ** 0.5), "gain": None, "low": None, "high": None}
+    assert kd["mean"] == 51 and kd["gain"] == 1 and kd["std"] is kd["low"] is None
+
+
+@pytest.mark.parametrize("pictures", [None, "out"])
+def test_compare_from_the_command_line(tmp_path, monkeypatch, capsys, pictures):
+    for name in ("short", "long"):
+        (tmp_path / name).mkdir()
+        write_runs(tmp_path / name, {"ce": [50, 51.5], "kd": [51, 52]}, step=len(name))
+    where = ["--pictures", tmp_path / pictures] if pictures else []
+    run(monkeypatch, "--compare", tmp_path / "short", tmp_path / "long", *where)
+    printed, out = capsys.readouterr().out, tmp_path / (pictures or "short")
+    assert printed.startswith(f"{tmp_path}/short: val, 5 steps\n") and f"{tmp_path}/long: val, 4 steps\n" in printed
+    with (out / "compare.csv").open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [(Path(r["group"]).name, r["method"], r["steps"]) for r in rows] == [
+        ("short", "ce", "5"), ("short", "kd", "5"), ("long", "ce", "4"), ("long", "kd", "4")]
+    assert [rows[0][k] for k in ("mean", "std", "gain", "low", "high")] == ["50.75", "1.061", "", "", ""]
+    assert [rows[3][k] for k in ("mean", "std", "gain", "low", "high")] == ["51.5", "0.707", "0.75", "-2.427", "3.927"]
+    assert Image.open(out / "compare.png").width == 800
