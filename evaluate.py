@@ -158,7 +158,7 @@ def milliseconds(network, height, width, device):
 # ---------------------------------------------------------------- pictures
 
 def paint(classes, palette):
-    """RGB picture (PIL) of a map (H,W) of class indices: each class in its colour, 255 white, which no palette has."""
+    """RGB picture (PIL) of a map (H,W) of class indices, each in its colour; 255 is white, which few palettes have."""
     colours = np.full((256, 3), 255, np.uint8)
     colours[:len(palette)] = palette
     return Image.fromarray(colours[classes.numpy()])
@@ -167,15 +167,16 @@ def paint(classes, palette):
 def legend(present, classes, palette, width):
     """Picture `width` pixels wide that names the class indices in `present`; 255 is called ignored."""
     size = max(12, width // 60)
-    font, names = ImageFont.load_default(size=size), [*classes, *["ignored"] * (IGNORE + 1 - len(classes))]
-    present, box = sorted(present), paint(torch.arange(IGNORE + 1)[None], palette)
+    font, names = ImageFont.load_default(size=size), dict(enumerate(classes)) | {IGNORE: "ignored"}
+    present = sorted(present)
+    colours = paint(torch.tensor([present]), palette)
     step = 3 * size + max(round(font.getlength(names[k])) for k in present)
     columns = max(1, width // step)
     sheet = Image.new("RGB", (width, 2 * size * -(-len(present) // columns)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, k in enumerate(present):
         x, y = i % columns * step, i // columns * 2 * size + size // 2
-        draw.rectangle((x, y, x + size, y + size), fill=box.getpixel((k, 0)), outline="grey")
+        draw.rectangle((x, y, x + size, y + size), fill=colours.getpixel((i, 0)), outline="grey")
         draw.text((x + 3 * size // 2, y + size // 2), names[k], fill="black", font=font, anchor="lm")
     return sheet
 
@@ -356,7 +357,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 
 def interval(values):
-    """(low, high): Student's 95% interval of a mean; (None, None) for fewer than two values."""
+    """(low, high): Student's 95% interval of the mean; (None, None) for fewer than two values."""
     if len(values) < 2:
         return None, None
     half = T95[min(len(values) - 2, len(T95) - 1)] * statistics.stdev(values) / len(values) ** 0.5
@@ -364,7 +365,7 @@ def interval(values):
 
 
 def _signed(values):
-    """Mean and interval as two pieces of text."""
+    """Mean and interval of numbers, each as text."""
     low, high = interval(values)
     return f"{statistics.mean(values):+.2f}", "(one seed)" if low is None else f"[{low:+.2f}, {high:+.2f}]"
 
@@ -388,7 +389,7 @@ def compare(folder, split):
                      "gain": statistics.mean(gain) if gain else None, "low": low, "high": high})
     overview = [["method", "seeds", "mIoU", "std", "gain over ce", "95% interval"]]
     overview += [[r["method"], str(r["seeds"]), number(r["mean"]), number(r["std"]),
-                  *(_signed(gains[r["method"]].values()) if gains.get(r["method"]) else "--")] for r in rows]
+                  *(_signed(gains[r["method"]].values()) if gains.get(r["method"]) else ("-", "-"))] for r in rows]
     each = [["IoU of each class, %", *runs]]
     for k, name in enumerate(some["classes"]):
         cells = [[r["iou"][k] for r in seeds.values() if r["iou"][k] is not None] for seeds in runs.values()]
@@ -412,9 +413,10 @@ def _claims(runs, gains):
         low, _ = interval(theirs)
         ratio = f"{statistics.mean(mine) / statistics.mean(theirs):.0%}" if low is not None and low > 0 else \
             f"undefined: the interval of the gain of {best} is not above 0"
-        lines += [f"gain(c2vkd) - 2 gain({best}) = {'   '.join(_signed(claim))}{lost}", f"gain(c2vkd) / gain({best}): {ratio}"]
+        lines += [f"gain(c2vkd) - 2 gain({best}) = " + "   ".join(_signed(claim)) + lost,
+                  f"gain(c2vkd) / gain({best}): {ratio}"]
     if lead := [ours[s] - gain for s, gain in gains.get("fitnet", {}).items() if s in ours]:
-        lines.append(f"gain(c2vkd) - gain(fitnet) = {'   '.join(_signed(lead))}")
+        lines.append("gain(c2vkd) - gain(fitnet) = " + "   ".join(_signed(lead)))
     return "\n".join(lines)
 
 
@@ -522,13 +524,8 @@ def _export(args, model, state):
     with torch.no_grad():
         difference = (again(x) - bare(x)).abs().max().item()
     print(f"{args.export}: {len(content.getvalue()) / 1e6:.1f} MB, largest difference to the original {difference:.1e}")
-    networks = {state["name"]: model}
-    teacher = (state.get("conditions") or {}).get("teacher")
-    if teacher:  # it costs the same whatever its weights are
-        networks[teacher] = Teacher(teacher, len(state["classes"])).eval()
-    for name, network in networks.items():
-        print(f"{name}: {count_parameters(network):,} parameters, {milliseconds(network, *x.shape[2:], 'cpu'):.0f} ms "
-              f"for one {x.shape[2]}x{x.shape[3]} image on this CPU")
+    print(f"{state['name']}: {count_parameters(model):,} parameters, {milliseconds(model, *x.shape[2:], 'cpu'):.0f} ms "
+          f"for one {x.shape[2]}x{x.shape[3]} image on this CPU")
 
 
 def _compare(args):

@@ -440,7 +440,8 @@ def test_images_are_never_overwritten_by_their_pictures(checkpoint, tmp_path, mo
 @pytest.mark.parametrize("options, named", [
     (["--window", "16"], "--window"), (["--stride", "0"], "--stride"), (["--batch-size", "0"], "--batch-size"),
     (["--workers", "-1"], "--workers"), (["--split", "test"], "no test split"),
-    (["--image", "absent.png"], "absent.png"), (["--image", "{empty}"], "no .jpg or .png"), (["--image", "{text}"], "not a readable image"),
+    (["--image", "absent.png"], "absent.png"), (["--image", "{empty}"], "no .jpg or .png"),
+    (["--image", "{text}"], "not a readable image"),
     (["--data", "absent"], "absent"), (["--checkpoint", "absent.pt"], "absent.pt"),
     (["--compare", "{empty}"], "no results-val.json")])
 def test_bad_options_are_one_sentence_that_names_them(checkpoint, tmp_path, options, named, monkeypatch):
@@ -477,7 +478,8 @@ def write_runs(folder, runs, **changes):
         label, _, method = name.rpartition(":")
         for seed, miou in enumerate(values):
             result = {"miou": miou, "iou": [miou, None], "pixel_accuracy": 90.0, "label": label or None,
-                      "method": method, "seed": seed, "step": 400, "classes": ["sky", "cat"], "conditions": {"crop": 64, "steps": 400}}
+                      "method": method, "seed": seed, "step": 400, "classes": ["sky", "cat"],
+                      "conditions": {"crop": 64, "steps": 400}}
             path = folder / f"{label or method}-seed{seed}" / "results-val.json"
             if miou is not None:
                 path.parent.mkdir()
@@ -492,7 +494,7 @@ def line(text, start):
 def test_comparison_pairs_by_seed_and_says_where_a_ratio_is_undefined(tmp_path):
     write_runs(tmp_path, {"ce": [50, 52, 51], "kd": [51, 53, 53], "c2vkd": [53, 56, 54]})
     text, _ = compare(tmp_path, "val")
-    assert line(text, "ce") == ["ce", "3", "51.00", "1.00", "-"]
+    assert line(text, "ce") == ["ce", "3", "51.00", "1.00", "-", "-"]
     # gains 1 1 2: mean 4/3, deviation 0.57735, half width 4.303 * 0.57735 / sqrt(3) = 1.434
     assert line(text, "kd") == ["kd", "3", "52.33", "1.15", "+1.33", "[-0.10,", "+2.77]"]
     assert line(text, "c2vkd") == ["c2vkd", "3", "54.33", "1.53", "+3.33", "[+1.90,", "+4.77]"]  # gains 3 4 3
@@ -605,7 +607,7 @@ def test_rows_hold_what_the_table_shows(tmp_path):
 def test_compare_from_the_command_line(tmp_path, monkeypatch, capsys, pictures):
     for name in ("short", "long"):
         (tmp_path / name).mkdir()
-        write_runs(tmp_path / name, {"ce": [50, 51.5], "kd": [51, 52]}, step=len(name))
+        write_runs(tmp_path / name, {"ce": [50, 52], "kd": [51, 52]}, step=len(name))
     where = ["--pictures", tmp_path / pictures] if pictures else []
     run(monkeypatch, "--compare", tmp_path / "short", tmp_path / "long", *where)
     printed, out = capsys.readouterr().out, tmp_path / (pictures or "short")
@@ -614,6 +616,6 @@ def test_compare_from_the_command_line(tmp_path, monkeypatch, capsys, pictures):
         rows = list(csv.DictReader(f))
     assert [(Path(r["group"]).name, r["method"], r["steps"]) for r in rows] == [
         ("short", "ce", "5"), ("short", "kd", "5"), ("long", "ce", "4"), ("long", "kd", "4")]
-    assert [rows[0][k] for k in ("mean", "std", "gain", "low", "high")] == ["50.75", "1.061", "", "", ""]
-    assert [rows[3][k] for k in ("mean", "std", "gain", "low", "high")] == ["51.5", "0.707", "0.75", "-2.427", "3.927"]
+    assert [rows[0][k] for k in ("mean", "std", "gain", "low", "high")] == ["51", "1.414", "", "", ""]
+    assert [rows[3][k] for k in ("mean", "std", "gain", "low", "high")] == ["51.5", "0.707", "0.5", "-5.853", "6.853"]
     assert Image.open(out / "compare.png").width == 800
