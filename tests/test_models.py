@@ -9,14 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
+from torchvision.models import segmentation
 
+import losses
 import student
 import teacher as teacher_module
 from data import InputError
-from student import VARIANTS, Attention, Block, Encoder, Student, WithHeads, count_parameters, load_encoder
-from teacher import (CHANNELS, AttentionPool, PoolFitter, Teacher, average_precision, initialise, load_clip_pool,
-                     presence)
-from train import schedule
+from losses import Outputs
+from student import VARIANTS, Attention, Block, Encoder, Student, StudentWithHeads, count_parameters, load_encoder
+from teacher import (TEACHERS, AttentionPool, Kind, PoolFitter, Teacher, average_precision, initialise, load_clip_pool,
+                     load_plain, presence)
+from train import parse_options, schedule
 
 BLOCK = ("norm1", "attn.q", "attn.kv", "attn.proj", "norm2", "mlp.fc1", "mlp.dwconv.dwconv", "mlp.fc2")
 HUGGING_FACE = {"norm1": "layer_norm_1", "attn.q": "attention.self.query", "attn.proj": "attention.output.dense",
@@ -26,7 +29,7 @@ HUGGING_FACE = {"norm1": "layer_norm_1", "attn.q": "attention.self.query", "attn
 
 def official_names(variant):
     """The tensors of the official PVTv2 and MiT files, without the classifier."""
-    _, depths, _, reductions, *_ = VARIANTS[variant]
+    _, _, depths, _, reductions, *_ = VARIANTS[variant]
     layers = []
     for i in range(4):
         layers += [f"patch_embed{i + 1}.proj", f"patch_embed{i + 1}.norm", f"norm{i + 1}"]
@@ -82,18 +85,21 @@ def test_encoder_names_are_those_of_the_official_files(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_stages_have_strides_4_8_16_32_and_their_channels(variant):
+def test_stages_have_strides_4_8_16_32_or_for_small_pictures_2_4_8_8_and_their_channels(variant):
     with torch.device("meta"):
         maps = Encoder(variant)(torch.empty(2, 3, 64, 96))
-    assert [tuple(m.shape) for m in maps] == [(2, c, 64 // s, 96 // s) for c, s in zip(VARIANTS[variant][0], (4, 8, 16, 32))]
+    strides = (2, 4, 8, 8) if variant == "mit_nano" else (4, 8, 16, 32)
+    channels = VARIANTS[variant][1]
+    assert [tuple(m.shape) for m in maps] == [(2, c, 64 // s, 96 // s) for c, s in zip(channels, strides)]
 
 
 @pytest.mark.parametrize("h, w", [(32, 32), (33, 65), (97, 50)])
 def test_student_takes_any_size_and_rounds_its_maps_up(h, w):
-    logits, feature, fused = Student("mit_nano", 5).eval()(torch.randn(1, 3, h, w))
-    fine, coarse = (math.ceil(h / 4), math.ceil(w / 4)), (math.ceil(h / 32), math.ceil(w / 32))
-    assert logits.shape == (1, 5, *fine) and fused.shape == (1, 128, *fine) and feature.shape == (1, 192, *coarse)
-    assert logits.isfinite().all()
+    S = Student("mit_nano", 5).eval()(torch.randn(1, 3, h, w))
+    fine, coarse = (math.ceil(h / 2), math.ceil(w / 2)), (math.ceil(h / 8), math.ceil(w / 8))
+    assert S.logits.shape == (1, 5, *fine) and S.before_classifier.shape == (1, 128, *fine)
+    assert S.feature.shape == (1, 192, *coarse) and S.projected is S.embedding is None
+    assert S.logits.isfinite().all()
 
 
 @pytest.mark.parametrize("sr", [1, 2])
@@ -140,13 +146,31 @@ def test_layer_norms_have_the_official_epsilons():
 def test_the_heads_do_not_change_the_start_of_the_student():
     def start(c_teacher):
         torch.manual_seed(3)
-        return WithHeads(Student("mit_nano", 2), c_teacher, seed=3), torch.rand(4)
+        return StudentWithHeads(Student("mit_nano", 2), c_teacher, seed=3), torch.rand(4)
+
     (alone, after_alone), (taught, after_taught) = start(None), start(16)
     assert all(torch.equal(a, b) for a, b in zip(alone.student.parameters(), taught.student.parameters()))
     assert torch.equal(after_alone, after_taught)
     x = torch.randn(2, 3, 64, 32)
-    assert alone.eval()(x)[3:] == (None, None)
-    assert [t.shape for t in taught.eval()(x)[3:]] == [(2, 16, 2, 1), (2, 512)]
+    assert alone.eval()(x).projected is alone(x).embedding is None
+    assert taught.eval()(x).projected.shape == (2, 16, 8, 4) and taught(x).embedding.shape == (2, 512)
+    assert all(torch.equal(a, b) for a, b in zip(alone(x)[:3], taught(x)[:3]))
+
+
+def test_the_heads_are_a_1x1_convolution_and_the_average_pool_before_another():
+    torch.manual_seed(0)
+    net, x = StudentWithHeads(Student("mit_nano", 2), 16).eval(), torch.randn(2, 3, 64, 32)
+    S, heads = net(x), net.heads
+    A_v, A_l = heads.A_v.weight[:, :, 0, 0], heads.A_l.weight[:, :, 0, 0]
+    torch.testing.assert_close(S.projected, torch.einsum("tc,bchw->bthw", A_v, S.feature))
+    torch.testing.assert_close(S.embedding, S.feature.mean((2, 3)) @ A_l.T)
+    assert {n for n, _ in heads.named_parameters()} == {"A_v.weight", "A_l.weight"}  # no biases
+
+
+def test_the_map_before_the_students_classifier_gives_its_logits():
+    net = Student("mit_nano", 3).eval()
+    S = net(torch.randn(1, 3, 32, 32))
+    torch.testing.assert_close(net.decoder.classifier(S.before_classifier), S.logits)
 
 
 # ---------------------------------------------------------------- the student's weights
@@ -158,7 +182,8 @@ def same_function(a, b):
 
 def test_official_file_loads_strictly_and_names_what_it_leaves_aside(tmp_path):
     source, target = random_encoder(seed=0), random_encoder(seed=1)
-    torch.save(source.state_dict() | {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}, tmp_path / "w.pth")
+    head = {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}
+    torch.save(source.state_dict() | head, tmp_path / "w.pth")
     assert not same_function(source, target)
     assert load_encoder(target, "mit_nano", tmp_path / "w.pth") == ["head.bias", "head.weight"]
     assert same_function(source, target)
@@ -172,7 +197,8 @@ def test_hugging_face_file_loads_strictly_with_kv_of_key_rows_then_value_rows(tm
     assert load_encoder(target, "mit_b0", tmp_path / "pytorch_model.bin") == ["classifier.bias", "classifier.weight"]
     assert same_function(source, target)
     prefix = "segformer.encoder.block.2.1.attention.self"
-    assert torch.equal(target.block3[1].attn.kv.weight, torch.cat([state[f"{prefix}.key.weight"], state[f"{prefix}.value.weight"]]))
+    rows = torch.cat([state[f"{prefix}.key.weight"], state[f"{prefix}.value.weight"]])
+    assert torch.equal(target.block3[1].attn.kv.weight, rows)
 
 
 def without(state, ending):
@@ -234,7 +260,7 @@ def test_student_script_prints_every_variant(capsys):
     out = capsys.readouterr().out
     assert all(f"{variant}: encoder" in out for variant in VARIANTS)
     assert "encoder 3,319,392 parameters, whole, 150 classes: 3,752,694" in out
-    assert "stage 4: stride 32, 256 channels, 4x4 tokens" in out
+    assert "stage 4: stride 32, 256 channels, 4x4 tokens" in out and "stage 4: stride  8, 192 channels, 16x16" in out
 
 
 # ---------------------------------------------------------------- teacher
@@ -244,10 +270,11 @@ def test_student_script_prints_every_variant(capsys):
 def test_teacher_has_its_stride_and_channels(name, stride):
     with torch.device("meta"):
         net = Teacher(name, 7).eval()
-        logits, feature, before = net(torch.empty(2, 3, 64, 96))
+        T = net(torch.empty(2, 3, 64, 96))
     h, w = 64 // stride, 96 // stride
-    assert net.channels == CHANNELS[name]
-    assert [tuple(t.shape) for t in (logits, feature, before)] == [(2, 7, h, w), (2, CHANNELS[name], h, w), (2, 256, h, w)]
+    channels = TEACHERS[name].channels
+    assert net.channels == channels and T.projected is T.embedding is None
+    assert [tuple(t.shape) for t in T[:3]] == [(2, 7, h, w), (2, channels, h, w), (2, 256, h, w)]
 
 
 @pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50"])
@@ -258,21 +285,21 @@ def test_teacher_logits_are_torchvisions_before_its_upsampling(name):
     net.load_state_dict(reference.state_dict())
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        logits = F.interpolate(net(x)[0], (64, 64), mode="bilinear", align_corners=False)
+        logits = F.interpolate(net(x).logits, (64, 64), mode="bilinear", align_corners=False)
         torch.testing.assert_close(logits, reference(x)["out"])
 
 
 def test_the_map_before_the_classifier_gives_the_logits():
     net = Teacher("deeplabv3_resnet10", 3).eval()
-    logits, _, before = net(torch.randn(1, 3, 32, 32))
-    torch.testing.assert_close(net.classifier[-1](before), logits)
+    T = net(torch.randn(1, 3, 32, 32))
+    torch.testing.assert_close(net.classifier[-1](T.before_classifier), T.logits)
 
 
 def test_frozen_teacher_has_no_gradients_and_keeps_its_statistics():
     net = Teacher("deeplabv3_resnet10", 3).freeze()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     out = net(torch.randn(2, 3, 32, 32))
-    assert not any(t.requires_grad for t in out) and not any(m.training for m in net.modules())
+    assert not any(t.requires_grad for t in out if t is not None) and not any(m.training for m in net.modules())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
@@ -298,16 +325,81 @@ def test_voc_model_is_downloaded_whole_without_its_auxiliary_head(tmp_path, monk
     monkeypatch.setattr(models, "get_model_weights", lambda model: {
         "COCO_WITH_VOC_LABELS_V1": SimpleNamespace(url=(tmp_path / "voc.pth").as_uri())} if model == name else {})
     net = Teacher(name, 21)
-    initialise(net, name, "voc")
+    load_plain(net, name, "voc")
     assert "1 tensors of the auxiliary head" in capsys.readouterr().out
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
 
 def test_published_weights_exist_for_every_teacher_that_claims_them():
-    for name in teacher_module.BACKBONES:
+    for name in (name for name, kind in TEACHERS.items() if kind.imagenet):
         assert models.get_model_weights(name)["COCO_WITH_VOC_LABELS_V1"].url.startswith("https://download.pytorch.org/")
-    with pytest.raises(InputError, match="no published weights"):
-        initialise(None, "deeplabv3_resnet10", "imagenet")
+    for load, source in ((initialise, "imagenet"), (load_plain, "voc")):
+        with pytest.raises(InputError, match="no published weights"):
+            load(None, "deeplabv3_resnet10", source)
+
+
+PLAIN = "deeplabv3_mobilenet_v3_large"
+
+
+@pytest.fixture(scope="module")
+def torchvision_state():
+    """What torch.save(model.state_dict()) keeps of torchvision's own model with an auxiliary head, three classes."""
+    torch.manual_seed(0)
+    model = segmentation.__dict__[PLAIN](weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("age", ["new", "without num_batches_tracked"])
+def test_plain_torchvision_file_fills_the_teacher_and_says_what_it_left_aside(tmp_path, torchvision_state, age, capsys):
+    state = torchvision_state if age == "new" else without(torchvision_state, "num_batches_tracked")
+    torch.save(state, tmp_path / "deeplab.pth")
+    net, aside = Teacher(PLAIN, 3), sum(k.startswith("aux_classifier.") for k in state)
+    load_plain(net, PLAIN, tmp_path / "deeplab.pth")
+    assert f"deeplab.pth; not loaded: {aside} tensors of the auxiliary head" in capsys.readouterr().out and aside > 5
+    assert all(torch.equal(v, torchvision_state[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda s: {k: v[:2] if k.startswith("classifier.4.") else v for k, v in s.items()},
+     r"2 tensors differ, the first is classifier.4.\w+ \(there \(2,.*\), here \(3,.*\)\); give --teacher"),
+    (lambda s: without(s, "backbone.0.0.weight"),
+     r"the first is backbone.0.0.weight \(there nothing, here \(16, 3, 3, 3\)\)"),
+    (lambda s: s | {"module.epoch": torch.zeros(1)}, r"module.epoch \(there \(1,\), here nothing\)"),
+    (lambda s: Teacher("deeplabv3_resnet10", 3).state_dict(), f"not {PLAIN} with the classes of this data set"),
+    (lambda s: {"epoch": 3}, "not a plain state dict"),
+], ids=["two classes", "key missing", "unknown key", "another network", "no tensors"])
+def test_plain_file_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(
+        tmp_path, torchvision_state, change, named):
+    net = Teacher(PLAIN, 3)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    torch.save(change(torchvision_state), tmp_path / "deeplab.pth")
+    with pytest.raises(InputError, match=named) as e:
+        load_plain(net, PLAIN, tmp_path / "deeplab.pth")
+    assert "\n" not in str(e.value) and "deeplab.pth" in str(e.value)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_teacher_of_another_kind_is_one_line(monkeypatch):
+    monkeypatch.setitem(TEACHERS, "fcn_resnet50", Kind(teacher_module._torchvision("fcn_resnet50"), 2048,
+                                                       models.ResNet50_Weights.IMAGENET1K_V2))
+    assert parse_options(["--teacher", "fcn_resnet50", "--gpus", "0"]).teacher == "fcn_resnet50"
+    torch.manual_seed(0)
+    reference = segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3).eval()
+    net = Teacher("fcn_resnet50", 3)
+    net.load_state_dict(reference.state_dict())
+    net.freeze()
+    x = torch.randn(1, 3, 64, 64)
+    T = net(x)
+    assert isinstance(T, Outputs) and T.feature.shape == (1, 2048, 8, 8) and T.before_classifier.shape == (1, 512, 8, 8)
+    assert torch.equal(T.feature, reference.backbone(x)["out"])
+    assert torch.equal(T.logits, reference.classifier(T.feature))
+    torch.testing.assert_close(F.interpolate(T.logits, (64, 64), mode="bilinear"), reference(x)["out"])
+    # and a student learns from it
+    net_S = StudentWithHeads(Student("mit_nano", 3), net.channels)
+    pool = AttentionPool(net.channels, teacher_module.pool_grid(net, 64, "cpu")).requires_grad_(False)
+    terms = losses.c2vkd(net_S(x), T._replace(embedding=pool(T.feature)), torch.randint(3, (1, 64, 64)))
+    losses.total_loss(terms, losses.METHODS["c2vkd"].weights).backward()
+    assert all(p.grad.isfinite().all() for p in net_S.parameters())
 
 
 # ---------------------------------------------------------------- attention pool
