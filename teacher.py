@@ -58,7 +58,7 @@ class Teacher(nn.Module):
         return self.requires_grad_(False).eval()
 
 
-def _torchvision(name):
+def torchvision_net(name):
     """A builder: classes -> torchvision's network `name` with random weights."""
     return lambda classes: segmentation.__dict__[name](weights=None, weights_backbone=None, num_classes=classes)
 
@@ -81,9 +81,9 @@ class Kind(NamedTuple):
 
 
 TEACHERS = {
-    "deeplabv3_resnet101": Kind(_torchvision("deeplabv3_resnet101"), 2048, models.ResNet101_Weights.IMAGENET1K_V2),
-    "deeplabv3_resnet50": Kind(_torchvision("deeplabv3_resnet50"), 2048, models.ResNet50_Weights.IMAGENET1K_V2),
-    "deeplabv3_mobilenet_v3_large": Kind(_torchvision("deeplabv3_mobilenet_v3_large"), 960,
+    "deeplabv3_resnet101": Kind(torchvision_net("deeplabv3_resnet101"), 2048, models.ResNet101_Weights.IMAGENET1K_V2),
+    "deeplabv3_resnet50": Kind(torchvision_net("deeplabv3_resnet50"), 2048, models.ResNet50_Weights.IMAGENET1K_V2),
+    "deeplabv3_mobilenet_v3_large": Kind(torchvision_net("deeplabv3_mobilenet_v3_large"), 960,
                                          models.MobileNet_V3_Large_Weights.IMAGENET1K_V2),
     "deeplabv3_resnet10": Kind(_resnet10, 512),
 }

@@ -573,7 +573,7 @@ def terms_by_definition(names, S, T, labels, few, kl="forward"):
                                         ("c2vkd", "reverse"), ("vlfd", "reverse")])
 def test_each_method_reads_the_maps_of_its_terms_and_nothing_else(method, kl):
     names, needs = OF_METHOD[method]
-    assert losses.METHODS.keys() == OF_METHOD.keys()
+    assert losses.METHODS.keys() >= OF_METHOD.keys()
     assert losses.METHODS[method].needs == needs and set(losses.METHODS[method].weights) == set(names.split())
     S, T, labels, few = made_up_outputs(needs)
     terms = losses.METHODS[method].terms

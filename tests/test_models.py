@@ -380,7 +380,7 @@ def test_plain_file_that_does_not_fit_is_refused_in_one_line_and_changes_nothing
 
 
 def test_a_teacher_of_another_kind_is_one_line(monkeypatch):
-    monkeypatch.setitem(TEACHERS, "fcn_resnet50", Kind(teacher_module._torchvision("fcn_resnet50"), 2048,
+    monkeypatch.setitem(TEACHERS, "fcn_resnet50", Kind(teacher_module.torchvision_net("fcn_resnet50"), 2048,
                                                        models.ResNet50_Weights.IMAGENET1K_V2))
     assert parse_options(["--teacher", "fcn_resnet50", "--gpus", "0"]).teacher == "fcn_resnet50"
     torch.manual_seed(0)
