@@ -1,6 +1,6 @@
 """The C2VKD objective (arXiv 2310.07265), equation by equation, then the methods it is compared with.
 
-Tensors in, unweighted scalars out. Student tensors carry gradients, teacher tensors do not.
+Tensors in, unweighted scalars out (`total_loss` weights them). Student tensors carry gradients, teacher tensors do not.
 
     paper     here              meaning                                                    shape
     --------  ----------------  ---------------------------------------------------------  --------------
@@ -16,10 +16,11 @@ Tensors in, unweighted scalars out. Student tensors carry gradients, teacher ten
     m         m_S, m_T          margin: the logit of p_t, so p_t = sigmoid(m)              B,H,W
     q         log_q_t, ...      the teacher's pair (p_t, p_nt) mixed with the label's      B,H,W
 
-Every KL divergence is summed over its distribution (channels, coordinates, the pair) and averaged over
-positions. `kl` is its direction, for Eq. 3, 4 and 9 alike: "forward" is KL(teacher || student), "reverse" is
-KL(student || teacher). Everything is float32 under autocast. Where several processes share a batch, the sums of
-Eq. 6-7 and 9 run over all of them.
+S, T: the two networks' Outputs; K classes; H,W: size of the labels; h,w: the tensor's own grid. Every KL divergence is
+summed over its distribution (channels, coordinates, the pair) and averaged over positions. `kl` is its direction,
+for Eq. 3, 4 and 9 alike: "forward" is KL(teacher || student), "reverse" is KL(student || teacher). Everything is at
+least float32 under autocast. Where several processes share a batch in equal parts, the sums of Eq. 6-7 and 9 run over
+all of them; Eq. 3 and 4 are plain means, which DistributedDataParallel's averaging of gradients already gives.
 """
 import math
 from collections.abc import Callable
@@ -30,16 +31,16 @@ import torch.distributed as distributed
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = 255  # data.IGNORE; this file imports torch only
+IGNORE = 255  # equals data.IGNORE; repeated so that this file needs no other file of the project
 
 
 class Outputs(NamedTuple):
     """What a network hands to the losses; the names are those of the table above."""
     logits: torch.Tensor  # z: B,K,h,w
     feature: torch.Tensor  # F: B,C,h,w
-    before_classifier: torch.Tensor  # the map that the last 1x1 convolution turns into logits: B,D,h,w
-    projected: torch.Tensor = None  # A_v(F^S): B,C_T,h,w (student)
-    embedding: torch.Tensor = None  # e: B,512
+    before_classifier: torch.Tensor  # the map that the last 1x1 convolution turns into logits: B,C,h,w
+    projected: torch.Tensor | None = None  # A_v(F^S): B,C_T,h,w (student)
+    embedding: torch.Tensor | None = None  # e: B,512
 
 
 # ---------------------------------------------------------------- Eq. 10
@@ -50,7 +51,7 @@ def total_loss(terms, weights):
 
 
 def c2vkd(S, T, labels, kl="forward"):
-    """The four losses of Eq. 10, unweighted. S, T: Outputs of student and teacher; labels: (B,H,W)."""
+    """The four losses of Eq. 10, unweighted. No separate cross-entropy: PDD contains the label."""
     V_S, V_T = visual_maps(S, T)  # B,C_T,h,w
     return {"pdd": pdd_loss(S.logits, T.logits, labels, kl),  # Eq. 8-9
             "gb": global_visual_loss(V_S, V_T, kl),  # Eq. 4
@@ -58,13 +59,25 @@ def c2vkd(S, T, labels, kl="forward"):
             "lc": linguistic_loss(S.embedding, T.embedding, kl)}  # Eq. 3
 
 
+def divergence(log_S, log_T, dim, kl):
+    """KL(teacher || student) if kl is "forward", KL(student || teacher) if "reverse", summed over `dim`."""
+    # differs: paper writes KL(student, teacher), release computes KL(teacher || student), here the latter by default
+    log_a, log_b = {"forward": (log_T, log_S), "reverse": (log_S, log_T)}[kl]  # KL(a || b)
+    return (log_a.exp() * (log_a - log_b)).sum(dim)
+
+
+def log_probabilities(x):
+    """log softmax over dimension 1, in float32."""
+    return F.log_softmax(at_least_float32(x), dim=1)
+
+
 # ---------------------------------------------------------------- VLFD, Eq. 3-7
 
 def visual_maps(S, T):
     """V^S, V^T (B,C_T,h,w): A_v(F^S) and F^T on one grid."""
-    # differs: paper not stated, release 32x32, here twice F^S's grid and at most F^T's, which is 32x32 at 512
+    # differs: paper not stated, release 32x32, here twice F^S's grid and at most F^T's, which is 32x32 for crops of 512
     grid = [min(2 * s, t) for s, t in zip(S.feature.shape[2:], T.feature.shape[2:])]
-    return upsample(S.projected, grid), upsample(T.feature, grid)
+    return resize(S.projected, grid), resize(T.feature, grid)
 
 
 def linguistic_loss(e_S, e_T, kl="forward"):
@@ -73,7 +86,7 @@ def linguistic_loss(e_S, e_T, kl="forward"):
     e_S, e_T: (B,512). Summed over coordinates, averaged over images.
     """
     # differs: paper not stated, release averages over the coordinates too (512 times smaller), here a true KL
-    return divergence(log_softmax(e_S), log_softmax(e_T), 1, kl).mean()
+    return divergence(log_probabilities(e_S), log_probabilities(e_T), dim=1, kl=kl).mean()
 
 
 def global_visual_loss(V_S, V_T, kl="forward"):
@@ -82,7 +95,7 @@ def global_visual_loss(V_S, V_T, kl="forward"):
     V_S, V_T: (B,C,h,w). Summed over channels, averaged over images and positions p.
     """
     # differs: paper not stated, release averages over the channels too (C times smaller), here a true KL
-    return divergence(log_softmax(V_S), log_softmax(V_T), 1, kl).mean()
+    return divergence(log_probabilities(V_S), log_probabilities(V_T), dim=1, kl=kl).mean()
 
 
 def patch_rows(V):
@@ -93,35 +106,37 @@ def patch_rows(V):
 
 
 def patch_loss(V_S, V_T):
-    """Eq. 6-7: L_pc = 1/N^2 sum_ij (M^S_ij - M^T_ij)^2, M = X X^T of the rows of Eq. 5. V_S, V_T: (B,C,h,w).
+    """Eq. 6-7: L_pc = 1/N^2 sum_ij (M^S_ij - M^T_ij)^2, M = X X^T / (C-1) of the rows of Eq. 5. V_S, V_T: (B,C,h,w).
 
-    Averaged over all N^2 pairs of patches of the batch, pairs across images included. With X, Y the rows of
-    student and teacher, D = X - Y and Z = X + Y: M^S - M^T = 1/2 (D Z^T + Z D^T), so that exactly
+    Averaged over all N^2 pairs of patches of the batch, pairs across images included. Here M = X X^T, see below. With
+    X, Y the rows of student and teacher, D = X - Y and Z = X + Y: M^S - M^T = 1/2 (D Z^T + Z D^T), so that exactly
         || X X^T - Y Y^T ||^2 = 1/2 [ <D^T D, Z^T Z> + tr((Z^T D)^2) ],
     which needs C x C matrices instead of N x N. It does not cancel where X is close to Y row by row.
     """
-    # differs: paper and release 1/(C-1), here M without it (the term would be (C-1)^2 times smaller). M holds nearly
-    # the cosines: centred rows are no longer of unit length, M_ii is 0.3-0.7 for features behind a ReLU
+    # differs: paper and release have 1/(C-1), here none (the term would be (C-1)^2 times smaller). M holds nearly the
+    # cosines: centred rows are no longer of unit length, M_ii is 0.3-0.7 for features behind a ReLU
     with torch.autocast(V_S.device.type, enabled=False):
         X, Y = patch_rows(V_S), patch_rows(V_T)
         (N, C), processes = X.shape, process_count()
-        if N < C and processes == 1:  # the definition, where its matrices are the smaller ones
+        if N < C and processes == 1:  # the definition, where its matrices are the smaller ones; it needs all rows here
             M_S, M_T = X @ X.T, Y @ Y.T
             return (M_S - M_T).square().mean()
         D, Z = X - Y, X + Y
         DD, ZZ, ZD = all_sum(torch.stack([D.T @ D, Z.T @ Z, Z.T @ D]))  # C,C each: sums over all patches
-        return 0.5 * ((DD * ZZ).sum() + (ZD * ZD.T).sum()) / (N * processes) ** 2
+        trace = (ZD * ZD.T).sum()  # tr(A A) = sum_ij A_ij A_ji
+        return 0.5 * ((DD * ZZ).sum() + trace) / (N * processes) ** 2
 
 
 # ---------------------------------------------------------------- PDD, Eq. 8-9
 
 def margin(z, labels):
-    """Eq. 8: m = z_y - log sum_{k != y} exp z_k, the logit of the target's probability p_t.
+    """Eq. 8 as a margin: p_t = sigmoid(m), p_nt = sigmoid(-m), with m = z_y - log sum_{k != y} exp z_k.
 
     z: (B,K,H,W), labels: (B,H,W) with 255 = ignore (there m is computed for class 0 and must not be used).
     log p_t = logsigmoid(m) and log p_nt = logsigmoid(-m): exact where 1 - p_t would round to 0.
     """
-    # differs: paper one summed non-target probability, release missing, here as the paper (no DKD-like NCKD)
+    # differs: paper one summed non-target probability, release missing, here as the paper: which wrong class the
+    # teacher thinks of is given up (DKD keeps it)
     target = labels.where(labels != IGNORE, 0)[:, None]  # B,1,H,W
     z_t = z.gather(1, target)
     z_nt = z.scatter(1, target, -torch.inf).logsumexp(1, keepdim=True)
@@ -131,53 +146,42 @@ def margin(z, labels):
 def pdd_loss(z_S, z_T, labels, kl="forward"):
     """Eq. 9: L_PDD = mean over labelled pixels of  alpha KL-term(t) + beta KL-term(nt),  alpha = beta = 1/2.
 
-    z_S, z_T: (B,K,h,w), upsampled to the size of labels (B,H,W). q_t = (p_t^T + 1)/2 and q_nt = (p_nt^T + 0)/2: the
-    teacher's pair mixed with the label's pair (1, 0). Forward, this is 1/2 (BCE-with-logits(m_S, q_t) - H(q_t)):
-    cross-entropy whose target the teacher softens. Its derivative in z_y is 1/2 (p_t^S - q_t), in size at least
-    1/4 - p_t^S/2, so a class that the student does not predict yet is learnt; the reverse one's is proportional
-    to p_t^S and vanishes there.
+    z_S, z_T: (B,K,h,w), resized to labels (B,H,W); temperature 1. q_t = (p_t^T + 1)/2 and q_nt = (p_nt^T + 0)/2: the
+    teacher's pair mixed with the label's pair (1, 0). Only equal alpha and beta have their minimum at p^S = q.
+    Forward, this is 1/2 (BCE-with-logits(m_S, q_t) - H(q_t)): cross-entropy whose target the teacher softens. Its
+    derivative in z_y is 1/2 (p_t^S - q_t); as q_t >= 1/2, its size is at least 1/4 where p_t^S = 0, so a class that the
+    student does not predict yet is learnt. The reverse one's, 1/2 p_t^S p_nt^S (m_S - logit q_t), vanishes there.
     """
-    m_S, m_T = full_size(margin, z_S, labels), full_size(margin, z_T, labels)  # B,H,W
+    m_S, m_T = full_size(margin, z_S, labels), full_size(margin, z_T, labels)  # B,H,W; Eq. 8, image by image
     log_p_t, log_p_nt = F.logsigmoid(m_S), F.logsigmoid(-m_S)
-    # differs: paper p^T + y, release missing, here (p^T + y)/2, which is a distribution
+    # differs: paper p^T + y, release missing, here (p^T + y)/2, a distribution; forward, the sum is twice ours plus a
+    # constant, so that PDD counts half as much beside the other terms
     log_q_t = torch.log1p(-torch.sigmoid(-m_T) / 2)
     log_q_nt = F.logsigmoid(-m_T) - math.log(2)
     # unstated: what becomes of ignored pixels; they are left out, and the mean is over the labelled ones
-    loss = 0.5 * divergence(torch.stack([log_p_t, log_p_nt]), torch.stack([log_q_t, log_q_nt]), 0, kl)
+    loss = 0.5 * divergence(torch.stack([log_p_t, log_p_nt]), torch.stack([log_q_t, log_q_nt]), dim=0, kl=kl)
     return masked_mean(loss, labels != IGNORE)
 
 
 # ---------------------------------------------------------------- what the equations are made of
-
-def divergence(log_S, log_T, dim, kl):
-    """KL(teacher || student) if kl is "forward", KL(student || teacher) if "reverse", summed over `dim`."""
-    # differs: paper writes KL(student, teacher), release computes KL(teacher || student), here the latter by default
-    log_a, log_b = (log_T, log_S) if kl == "forward" else (log_S, log_T)  # KL(a || b)
-    return (log_a.exp() * (log_a - log_b)).sum(dim)
-
 
 def at_least_float32(x):
     """Autocast's half precisions are raised to float32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def log_softmax(x):
-    """Over dimension 1, in float32."""
-    return F.log_softmax(at_least_float32(x), 1)
-
-
-def upsample(x, size):
-    """Bilinear resizing of a map (B,C,h,w) to `size`, in float32."""
+def resize(x, size):
+    """A map (B,C,h,w) resized bilinearly to `size`, in at least float32."""
     return F.interpolate(at_least_float32(x), size, mode="bilinear", align_corners=False)
 
 
 def full_size(function, z, labels):
-    """function(z, labels) -> (B,H,W) of logits z (B,K,h,w) upsampled to the size of labels (B,H,W).
+    """function(z, labels) -> (B,H,W) of logits z (B,K,h,w) resized to labels (B,H,W).
 
     An image at a time, computed again in the backward pass: full-size logits are the largest tensors of a step.
     """
     def one(z, labels):
-        return function(upsample(z, labels.shape[1:]), labels)
+        return function(resize(z, labels.shape[1:]), labels)
 
     return torch.cat([checkpoint(one, *pair, use_reentrant=False, preserve_rng_state=False)
                       for pair in zip(z.split(1), labels.split(1))])
@@ -195,8 +199,8 @@ def process_count():
 def all_sum(x):
     """Sum over processes, x itself where there is one.
 
-    What is computed from the sum is the same in each process, so the gradient in a process's own x is that of all
-    of them together: hence the factor, for DistributedDataParallel averages.
+    The result is the same in every process, and so is its gradient. DistributedDataParallel averages gradients over
+    processes: the gradient in x is multiplied by their number, so that the average is the sum.
     """
     if process_count() == 1:
         return x
@@ -206,11 +210,11 @@ def all_sum(x):
 
 
 # ---------------------------------------------------------------- the losses of other methods
-# Logits z, maps before the classifiers D and labels lie on one grid; ignored pixels are left out of all alike.
-# A published weight belongs to the reduction that is given with its function.
+# Logits z, maps before the classifiers and labels lie on one grid, except where a function says otherwise; ignored
+# pixels are left out, except by fitnet_loss. A published weight holds only with the reduction that is given here.
 
 def cross_entropy(z_S, labels):
-    """Pixel-wise cross-entropy, mean over labelled pixels. z_S: (B,K,h,w), upsampled to the size of labels (B,H,W)."""
+    """Pixel-wise cross-entropy, mean over labelled pixels. z_S: (B,K,h,w), resized to labels (B,H,W)."""
     def pixels(z, labels):
         flat = z.movedim(1, -1).flatten(0, -2)  # pixels,K: deterministic CUDA has no two-dimensional nll_loss
         return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE, reduction="none").view_as(labels)
@@ -218,71 +222,75 @@ def cross_entropy(z_S, labels):
     return masked_mean(full_size(pixels, z_S, labels), labels != IGNORE)
 
 
-def kd_loss(z_S, z_T, labels, T=1.0):
-    """Hinton et al., 1503.02531, pixel-wise: T^2 KL(softmax(z_T/T) || softmax(z_S/T)).
+def kd_loss(z_S, z_T, labels, temperature=1.0):
+    """Hinton et al., 1503.02531, pixel-wise: t^2 KL(softmax(z_T/t) || softmax(z_S/t)), t the temperature.
 
     Summed over classes, averaged over labelled pixels.
     """
-    log_S, log_T = (log_softmax(at_least_float32(z) / T) for z in (z_S, z_T))
-    return T ** 2 * masked_mean(divergence(log_S, log_T, 1, "forward"), labels != IGNORE)
+    log_S, log_T = (log_probabilities(at_least_float32(z) / temperature) for z in (z_S, z_T))
+    return temperature ** 2 * masked_mean(divergence(log_S, log_T, dim=1, kl="forward"), labels != IGNORE)
 
 
-def cwd_loss(z_S, z_T, labels, T=4.0):
-    """CWD, 2011.13256, on logits: T^2/(B K) sum over images and classes of the KL between softmaxes over positions."""
+def cwd_loss(z_S, z_T, labels, temperature=4.0):
+    """CWD, 2011.13256, on logits: t^2/(B K) sum over images and classes of the KL between softmaxes over positions.
+
+    KL(teacher || student), t the temperature.
+    """
     def over_positions(z):
-        z = (at_least_float32(z) / T).masked_fill(labels[:, None] == IGNORE, -1e9)
+        # not -inf, which would give 0 * (inf - inf) in the divergence
+        z = (at_least_float32(z) / temperature).masked_fill(labels[:, None] == IGNORE, -1e9)
         return F.log_softmax(z.flatten(2), 2)  # B,K,n
 
-    return T ** 2 * divergence(over_positions(z_S), over_positions(z_T), 2, "forward").mean()
+    return temperature ** 2 * divergence(over_positions(z_S), over_positions(z_T), dim=2, kl="forward").mean()
 
 
-def skd_loss(D_S, D_T, labels):
+def skd_loss(map_S, map_T, labels):
     """SKD, 1903.04197, pair-wise: mean squared difference of the cosines of all pairs of 2x2 max-pooled positions.
 
-    D_S, D_T: (B,C,h,w), the channels may differ. Mean over images and pairs; the adversarial part is left out.
+    map_S, map_T: (B,C,h,w), the channels may differ. Mean over images and pairs; the adversarial part is left out.
     """
     valid = (labels != IGNORE)[:, None]
     mask = F.max_pool2d(valid.float(), 2, 2, ceil_mode=True).flatten(2) > 0  # B,1,n
 
-    def cosines(D):
-        D = F.max_pool2d(at_least_float32(D).masked_fill(~valid, -torch.inf), 2, 2, ceil_mode=True).flatten(2)  # B,C,n
-        A = F.normalize(D.masked_fill(~mask, 0), dim=1)
-        return A.transpose(1, 2) @ A  # B,n,n
+    def cosines(x):
+        x = F.max_pool2d(at_least_float32(x).masked_fill(~valid, -torch.inf), 2, 2, ceil_mode=True).flatten(2)  # B,C,n
+        x = F.normalize(x.masked_fill(~mask, 0), dim=1)
+        return x.transpose(1, 2) @ x  # B,n,n
 
-    with torch.autocast(D_S.device.type, enabled=False):
-        loss = (cosines(D_S) - cosines(D_T)).square()
+    with torch.autocast(map_S.device.type, enabled=False):
+        loss = (cosines(map_S) - cosines(map_T)).square()
     return masked_mean(loss, mask & mask.transpose(1, 2))
 
 
-def ifvd_loss(D_S, D_T, labels, classes):
+def ifvd_loss(map_S, map_T, labels, classes):
     """IFVD, ECCV 2020: each position's cosine to the mean feature of its class in its image, mean squared difference.
 
-    D_S, D_T: (B,C,h,w), the channels may differ. Mean over labelled positions.
+    map_S, map_T: (B,C,h,w), the channels may differ. Mean over labelled positions.
     """
     onehot = F.one_hot(labels.where(labels != IGNORE, classes).flatten(1), classes + 1)[..., :classes]  # B,n,K
 
-    def variation(D):
-        D = at_least_float32(D).flatten(2)  # B,C,n
-        member = onehot.to(D.dtype)
-        prototypes = D @ member / member.sum(1, keepdim=True).clamp(min=1)  # B,C,K
-        return F.cosine_similarity(D, prototypes @ member.transpose(1, 2), dim=1)  # B,n
+    def variation(x):
+        x = at_least_float32(x).flatten(2)  # B,C,n
+        member = onehot.to(x.dtype)
+        prototypes = x @ member / member.sum(1, keepdim=True).clamp(min=1)  # B,C,K
+        return F.cosine_similarity(x, prototypes @ member.transpose(1, 2), dim=1)  # B,n
 
-    with torch.autocast(D_S.device.type, enabled=False):
-        loss = (variation(D_S) - variation(D_T)).square()
+    with torch.autocast(map_S.device.type, enabled=False):
+        loss = (variation(map_S) - variation(map_T)).square()
     return masked_mean(loss, labels.flatten(1) != IGNORE)
 
 
-def at_loss(D_S, D_T, labels):
-    """Attention transfer, 1612.03928: a = mean_C D^2, L2-normalised over an image's positions; mean squared difference.
+def at_loss(map_S, map_T, labels):
+    """Attention transfer, 1612.03928: a = mean_C map^2, L2-normalised over an image's positions; squared difference.
 
-    D_S, D_T: (B,C,h,w), the channels may differ. Mean over labelled positions.
+    map_S, map_T: (B,C,h,w), the channels may differ. Mean over labelled positions.
     """
     mask = (labels != IGNORE).flatten(1)
 
-    def attention(D):
-        return F.normalize(at_least_float32(D).square().mean(1).flatten(1).masked_fill(~mask, 0), dim=1)  # B,n
+    def attention(x):
+        return F.normalize(at_least_float32(x).square().mean(1).flatten(1).masked_fill(~mask, 0), dim=1)  # B,n
 
-    return masked_mean((attention(D_S) - attention(D_T)).square(), mask)
+    return masked_mean((attention(map_S) - attention(map_T)).square(), mask)
 
 
 def dist_loss(z_S, z_T, labels):
@@ -291,25 +299,28 @@ def dist_loss(z_S, z_T, labels):
     The mean over labelled pixels plus the mean over classes; per process where there are several.
     """
     valid = (labels != IGNORE).flatten()
-    P, Q = (at_least_float32(z).softmax(1).movedim(1, -1).flatten(0, -2)[valid] for z in (z_S, z_T))  # pixels,K
-    if not len(P):
+    p_S, p_T = (at_least_float32(z).softmax(1).movedim(1, -1).flatten(0, -2)[valid] for z in (z_S, z_T))  # pixels,K
+    if not len(p_S):  # no labelled pixel: 0, but with a gradient for DistributedDataParallel
         return at_least_float32(z_S).sum() * 0
 
     def distance(a, b):  # rows
         return 1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean()
 
-    return distance(P, Q) + distance(P.T, Q.T)
+    return distance(p_S, p_T) + distance(p_S.T, p_T.T)
 
 
-def dkd_loss(z_S, z_T, labels, alpha=1.0, beta=8.0, T=4.0):
-    """DKD, 2203.08679, pixel-wise: T^2 mean over pixels of alpha TCKD + beta NCKD (mdistiller's alpha, beta, T)."""
-    z_S, z_T = at_least_float32(z_S) / T, at_least_float32(z_T) / T
+def dkd_loss(z_S, z_T, labels, alpha=1.0, beta=8.0, temperature=4.0):
+    """DKD, 2203.08679, pixel-wise: t^2 mean over pixels of alpha TCKD + beta NCKD (mdistiller's alpha, beta, t).
+
+    TCKD: KL of the pairs (target, all others); NCKD: KL of the softmaxes over the other classes; t the temperature.
+    """
+    z_S, z_T = at_least_float32(z_S) / temperature, at_least_float32(z_T) / temperature
     m_S, m_T = margin(z_S, labels), margin(z_T, labels)
     pair_S, pair_T = (torch.stack([F.logsigmoid(m), F.logsigmoid(-m)]) for m in (m_S, m_T))
     target = labels.where(labels != IGNORE, 0)[:, None]
-    rest_S, rest_T = (log_softmax(z.scatter(1, target, -1e9)) for z in (z_S, z_T))
+    rest_S, rest_T = (log_probabilities(z.scatter(1, target, -1e9)) for z in (z_S, z_T))
     loss = alpha * divergence(pair_S, pair_T, 0, "forward") + beta * divergence(rest_S, rest_T, 1, "forward")
-    return T ** 2 * masked_mean(loss, labels != IGNORE)
+    return temperature ** 2 * masked_mean(loss, labels != IGNORE)
 
 
 def deit_loss(z_S, z_T, labels):
@@ -318,20 +329,20 @@ def deit_loss(z_S, z_T, labels):
 
 
 def fitnet_loss(V_S, V_T):
-    """FitNet, 1412.6550: mean squared difference of V^S and V^T (B,C,h,w) over everything: the plainest hint."""
+    """FitNet, 1412.6550: mean squared difference of V^S and V^T (B,C,h,w), ignored pixels included: a plain hint."""
     return (at_least_float32(V_S) - at_least_float32(V_T)).square().mean()
 
 
 # ---------------------------------------------------------------- the methods
 # A method is one function of (S, T, labels), the two networks' Outputs and the labels (B,H,W), that returns named
-# unweighted terms, and one entry in METHODS. A new loss is both of these, and nothing anywhere else.
+# unweighted terms, and one entry in METHODS. A new loss is both of these, and nothing anywhere else. A function with a
+# parameter `kl` gets the one of the command line.
 
-def common_grid(S, T, labels):
-    """z_S, z_T, D_S, D_T and labels at crop/8, the grid on which the baselines are compared."""
+def on_small_grid(labels, *maps):
+    """The maps and, last, the labels at crop/8 (rounded up), the grid of a teacher of stride 8: the baselines' one."""
     grid = [-(-side // 8) for side in labels.shape[1:]]
-    maps = (S.logits, T.logits, S.before_classifier, T.before_classifier)
     nearest = F.interpolate(labels[:, None].float(), grid, mode="nearest-exact")[:, 0].long()
-    return *(upsample(x, grid) for x in maps), nearest
+    return *(resize(x, grid) for x in maps), nearest
 
 
 def ce(S, T, labels):
@@ -339,92 +350,96 @@ def ce(S, T, labels):
 
 
 def kd(S, T, labels):
-    z_S, z_T, _, _, y = common_grid(S, T, labels)
-    return ce(S, T, labels) | {"kd": kd_loss(z_S, z_T, y)}
+    z_S, z_T, small = on_small_grid(labels, S.logits, T.logits)
+    return ce(S, T, labels) | {"kd": kd_loss(z_S, z_T, small)}
 
 
 def cwd(S, T, labels):
-    z_S, z_T, _, _, y = common_grid(S, T, labels)
-    return ce(S, T, labels) | {"kd": kd_loss(z_S, z_T, y), "cwd": cwd_loss(z_S, z_T, y)}
-
-
-def skd(S, T, labels):
-    z_S, z_T, D_S, D_T, y = common_grid(S, T, labels)
-    return ce(S, T, labels) | {"kd": kd_loss(z_S, z_T, y), "skd": skd_loss(D_S, D_T, y)}
-
-
-def ifvd(S, T, labels):
-    z_S, z_T, D_S, D_T, y = common_grid(S, T, labels)
-    return ce(S, T, labels) | {"kd": kd_loss(z_S, z_T, y), "ifvd": ifvd_loss(D_S, D_T, y, classes=z_S.shape[1])}
-
-
-def at(S, T, labels):
-    z_S, z_T, D_S, D_T, y = common_grid(S, T, labels)
-    return ce(S, T, labels) | {"kd": kd_loss(z_S, z_T, y), "at": at_loss(D_S, D_T, y)}
+    z_S, z_T, small = on_small_grid(labels, S.logits, T.logits)
+    return ce(S, T, labels) | {"kd": kd_loss(z_S, z_T, small), "cwd": cwd_loss(z_S, z_T, small)}
 
 
 def dist(S, T, labels):
-    z_S, z_T, _, _, y = common_grid(S, T, labels)
-    return ce(S, T, labels) | {"dist": dist_loss(z_S, z_T, y)}
+    z_S, z_T, small = on_small_grid(labels, S.logits, T.logits)
+    return ce(S, T, labels) | {"dist": dist_loss(z_S, z_T, small)}
 
 
 def dkd(S, T, labels):
-    z_S, z_T, _, _, y = common_grid(S, T, labels)
-    return ce(S, T, labels) | {"dkd": dkd_loss(z_S, z_T, y)}
+    z_S, z_T, small = on_small_grid(labels, S.logits, T.logits)
+    return ce(S, T, labels) | {"dkd": dkd_loss(z_S, z_T, small)}
 
 
 def deit(S, T, labels):
-    z_S, z_T, _, _, y = common_grid(S, T, labels)
-    return ce(S, T, labels) | {"deit": deit_loss(z_S, z_T, y)}
+    z_S, z_T, small = on_small_grid(labels, S.logits, T.logits)
+    return ce(S, T, labels) | {"deit": deit_loss(z_S, z_T, small)}
+
+
+def skd(S, T, labels):
+    map_S, map_T, small = on_small_grid(labels, S.before_classifier, T.before_classifier)
+    return kd(S, T, labels) | {"skd": skd_loss(map_S, map_T, small)}
+
+
+def ifvd(S, T, labels):
+    map_S, map_T, small = on_small_grid(labels, S.before_classifier, T.before_classifier)
+    return kd(S, T, labels) | {"ifvd": ifvd_loss(map_S, map_T, small, classes=S.logits.shape[1])}
+
+
+def at(S, T, labels):
+    map_S, map_T, small = on_small_grid(labels, S.before_classifier, T.before_classifier)
+    return kd(S, T, labels) | {"at": at_loss(map_S, map_T, small)}
 
 
 def fitnet(S, T, labels):
     return ce(S, T, labels) | {"fitnet": fitnet_loss(*visual_maps(S, T))}
 
 
-def pdd_fitnet(S, T, labels):
-    return {"pdd": pdd_loss(S.logits, T.logits, labels), "fitnet": fitnet_loss(*visual_maps(S, T))}
+# the controls: is it PDD and VLFD, or is it any hint?
+
+def pdd_fitnet(S, T, labels, kl="forward"):
+    return {"pdd": pdd_loss(S.logits, T.logits, labels, kl), "fitnet": fitnet_loss(*visual_maps(S, T))}
 
 
 def vlfd(S, T, labels, kl="forward"):
-    terms = c2vkd(S, T, labels, kl)
-    del terms["pdd"]
-    return ce(S, T, labels) | terms
+    V_S, V_T = visual_maps(S, T)
+    return ce(S, T, labels) | {"gb": global_visual_loss(V_S, V_T, kl), "pc": patch_loss(V_S, V_T),
+                               "lc": linguistic_loss(S.embedding, T.embedding, kl)}
 
 
 class Method(NamedTuple):
-    """terms: the function; weights: their defaults; what it needs besides the student; where its weights come from."""
+    """terms: the function; weights: their defaults; source: of these. needs: what the function reads besides the
+    student's own outputs, of the words teacher, A_v (fills S.projected), A_l (fills both embeddings, brings P along)."""
     terms: Callable
     weights: dict
-    needs: str = "teacher"  # of the words teacher, A_v, A_l; A_l brings the pool P along
+    needs: str = "teacher"
     source: str = ""
 
 
+KD = {"ce": 1.0, "kd": 1.0}
+# differs: paper's not known to us, release 0.1, 0.1, 0.5 in its units (c2vkd_weights), here, in ours, 20 times these
+VLFD = {"gb": 2.0, "pc": 2.0, "lc": 10.0}
 METHODS = {
-    "c2vkd": Method(c2vkd, {"pdd": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5}, "teacher A_v A_l", "paper, release"),
-    "ce": Method(ce, {"ce": 1.0}, "", "the student alone"),
-    "kd": Method(kd, {"ce": 1.0, "kd": 1.0}, source="CIRKD's scripts"),
-    "cwd": Method(cwd, {"ce": 1.0, "kd": 1.0, "cwd": 0.3}, source="CIRKD's SegFormer script; logits only"),
-    "skd": Method(skd, {"ce": 1.0, "kd": 1.0, "skd": 10.0}, source="CIRKD's script; without its adversarial part"),
-    "ifvd": Method(ifvd, {"ce": 1.0, "kd": 1.0, "ifvd": 20.0}, source="CIRKD's script; without its adversarial part"),
-    "at": Method(at, {"ce": 1.0, "kd": 1.0, "at": 10000.0}, source="CIRKD's script; the last map only"),
+    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD, "teacher A_v A_l", "ours, chosen on shapes val"),
+    "ce": Method(ce, {"ce": 1.0}, needs="", source="the student alone"),
+    "kd": Method(kd, KD, source="CIRKD's scripts"),
+    "cwd": Method(cwd, KD | {"cwd": 0.3}, source="CIRKD's SegFormer script; logits only"),
+    "skd": Method(skd, KD | {"skd": 10.0}, source="CIRKD's script; without its adversarial part"),
+    "ifvd": Method(ifvd, KD | {"ifvd": 20.0}, source="CIRKD's script; without its adversarial part"),
+    "at": Method(at, KD | {"at": 10000.0}, source="CIRKD's script; the last map only"),
     "dist": Method(dist, {"ce": 1.0, "dist": 1.0}, source="its authors' segmentation script"),
     # at mdistiller's 1.0 its gradient in the encoder was 8 times cross-entropy's
     "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}, source="ours, chosen on CamVid val; alpha, beta, T mdistiller's"),
     "deit": Method(deit, {"ce": 0.5, "deit": 0.5}, source="paper; one head instead of a distillation token"),
     "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, "teacher A_v", "CIRKD's script; without its KD term"),
-    # the controls: is it PDD and VLFD, or is it any hint?
-    "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, "teacher A_v", "ours"),
-    "vlfd": Method(vlfd, {"ce": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5}, "teacher A_v A_l", "ours"),
+    "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, "teacher A_v", "ours, a control"),
+    "vlfd": Method(vlfd, {"ce": 1.0} | VLFD, "teacher A_v A_l", "ours, a control"),
 }
 
 
-def preset(word, c_teacher, embedding=512):
-    """The release's weights 0.1, 0.1, 0.5 for C2VKD's feature terms: in our units ("summed" KLs) or in its own.
+def c2vkd_weights(units, c_teacher, embedding=512):
+    """The release's weights 0.1, 0.1, 0.5 for C2VKD's feature terms, units "summed" (ours) or "released" (its own).
 
-    "released": KL averaged over every element, affinity divided by C - 1; the feature terms are nearly inert then.
+    released: KL averaged over every element, affinity divided by C - 1; the feature terms are nearly inert then.
     """
-    # differs: paper not known to us, release 0.1, 0.1, 0.5 in its units, here chosen on val, see METHODS
-    if word == "summed":
-        return {"pdd": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5}
-    return {"pdd": 1.0, "gb": 0.1 / c_teacher, "pc": 0.1 / (c_teacher - 1) ** 2, "lc": 0.5 / embedding}
+    return {"summed": {"pdd": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5},
+            "released": {"pdd": 1.0, "gb": 0.1 / c_teacher, "pc": 0.1 / (c_teacher - 1) ** 2,
+                         "lc": 0.5 / embedding}}[units]

@@ -10,6 +10,7 @@ command again continues where it stopped; a finished run prints its table.
 """
 import argparse
 import csv
+import inspect
 import io
 import json
 import math
@@ -612,7 +613,8 @@ def parse_options(argv=None):
     args.workers = (8 if args.gpus else 0) if args.workers is None else args.workers
     args.both = args.method is None and args.dataset == "shapes"
     args.method = args.method or "c2vkd"
-    if args.kl == "reverse" and args.method not in ("c2vkd", "vlfd"):
+    function = losses.METHODS[args.method].terms if args.method != "teacher" else train_teacher
+    if args.kl == "reverse" and "kl" not in inspect.signature(function).parameters:
         raise InputError(f"--kl reverse: {args.method} has no direction to choose; it goes with --method c2vkd")
     if args.clip and args.method != "teacher" and "A_l" not in losses.METHODS[args.method].needs:
         raise InputError(f"--clip: {args.method} uses no attention pool; it goes with --method c2vkd")
@@ -628,7 +630,7 @@ def term_weights(args):
         return {}
     weights = dict(losses.METHODS[args.method].weights)
     if args.method == "c2vkd" and args.weights in (["summed"], ["released"]):
-        return losses.preset(args.weights[0], TEACHERS[args.teacher].channels)
+        return losses.c2vkd_weights(args.weights[0], TEACHERS[args.teacher].channels)
     for item in args.weights:
         name, _, value = item.partition("=")
         try:

@@ -209,7 +209,7 @@ LOGITS = {
     "pdd reverse": (partial(losses.pdd_loss, kl="reverse"), partial(pdd, kl="reverse")),
     "ce": (ce_of_logits, cross_entropy),
     "kd": (losses.kd_loss, kd),
-    "kd T=2": (partial(losses.kd_loss, T=2.0), partial(kd, temperature=2)),
+    "kd T=2": (partial(losses.kd_loss, temperature=2.0), partial(kd, temperature=2)),
     "cwd": (losses.cwd_loss, cwd),
     "dist": (losses.dist_loss, dist),
     "dkd": (losses.dkd_loss, dkd),
@@ -314,7 +314,7 @@ def test_bfloat16_under_autocast_is_computed_in_float32(name):
 def test_upsampling_raises_half_precision_and_keeps_float64(dtype, wanted):
     x = torch.randn(1, 2, 3, 3, dtype=dtype)
     raised = F.interpolate(x.to(wanted), (5, 7), mode="bilinear", align_corners=False)
-    assert losses.at_least_float32(x).dtype == wanted and torch.equal(losses.upsample(x, (5, 7)), raised)
+    assert losses.at_least_float32(x).dtype == wanted and torch.equal(losses.resize(x, (5, 7)), raised)
 
 
 # ---------------------------------------------------------------- properties
@@ -483,7 +483,7 @@ def test_an_image_at_a_time_is_the_same_as_all_at_once(dtype, tolerance):
     weight = torch.randn(3, 11, 16, dtype=dtype)
 
     def plain(S, labels):
-        return (weight * losses.margin(losses.upsample(S, labels.shape[1:]), labels)).sum()
+        return (weight * losses.margin(losses.resize(S, labels.shape[1:]), labels)).sum()
 
     def by_images(S, labels):
         return (weight * losses.full_size(losses.margin, S, labels)).sum()
@@ -497,7 +497,7 @@ def test_an_image_at_a_time_is_the_same_as_all_at_once(dtype, tolerance):
 
 def test_total_is_the_weighted_sum_of_equation_10():
     terms = {"pdd": torch.tensor(0.7), "gb": torch.tensor(3.0), "pc": torch.tensor(0.2), "lc": torch.tensor(1.1)}
-    total = losses.total_loss(terms, losses.preset("summed", c_teacher=512))
+    total = losses.total_loss(terms, losses.c2vkd_weights("summed", c_teacher=512))
     assert total.item() == pytest.approx(0.7 + 0.1 * 3.0 + 0.1 * 0.2 + 0.5 * 1.1)
 
 
@@ -519,7 +519,7 @@ def test_released_weights_reproduce_the_released_objective():
                 "gb": 0.1 * mean(V_S.log_softmax(1), V_T.log_softmax(1)),
                 "pc": 0.1 * F.mse_loss(affinity(V_S), affinity(V_T)),
                 "lc": 0.5 * mean(e_S.log_softmax(1), e_T.log_softmax(1))}
-    weights = losses.preset("released", c_teacher=6, embedding=8)
+    weights = losses.c2vkd_weights("released", c_teacher=6, embedding=8)
     assert all(close(weights[name] * terms[name], released[name], 1e-12) for name in terms)
     assert close(losses.total_loss(terms, weights), sum(released.values()), 1e-12)
 
@@ -659,7 +659,7 @@ def test_a_step_under_bfloat16_autocast_is_finite_and_close_to_float32(networks)
     def terms_and_gradient(enabled):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             terms = c2vkd_terms(networks, images, labels)
-            loss = losses.total_loss(terms, losses.preset("summed", c_teacher=512))
+            loss = losses.total_loss(terms, losses.c2vkd_weights("summed", c_teacher=512))
         return terms, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
 
     (terms, gradient), (wanted, wanted_gradient) = terms_and_gradient(True), terms_and_gradient(False)
