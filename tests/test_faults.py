@@ -267,6 +267,57 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_another_student(fold
     assert first.keys() == second.keys() and first != second
 
 
+def test_both_students_of_shapes_stopped_after_every_step_end_as_the_whole_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 4, "val": 2})
+    data.make_shapes(tmp_path / "data")
+    few = ("--dataset", "shapes", "--teacher-steps", 1, "--pool-steps", 1, "--steps", 2)
+    run(options(tmp_path / "data", tmp_path / "whole", *few))
+    begun = []
+    for name in ("teacher", "pool", "student", "student", "student", "student"):
+        with pytest.raises(KeyboardInterrupt, match=f"{name}: stopped"):
+            run_until(1, options(tmp_path / "data", tmp_path / "parts", *few))
+        begun.append(sorted(p.parent.name for p in (tmp_path / "parts").rglob("last.pt")))
+    assert "ce-mit_nano-seed0" in begun[2] and "c2vkd-mit_nano-seed0" not in begun[3]
+    run(options(tmp_path / "data", tmp_path / "parts", *few))
+    assert differing(tmp_path / "parts", result(tmp_path / "whole")) == []
+
+
+def test_images_without_labels_are_half_of_a_batch_of_the_feature_losses_and_play_no_other_part(tmp_path, monkeypatch, capsys):
+    seen, batches = {}, train.Run.batches
+
+    def recording(self, *unlabelled):
+        for step, images, labels in batches(self, *unlabelled):
+            seen.setdefault(self.folder.name, {})[step] = images, labels
+            yield step, images, labels
+
+    monkeypatch.setattr(train.Run, "batches", recording)
+    mixed, plain_one = put_folder(tmp_path / "mixed", unlabelled=5), put_folder(tmp_path / "plain")
+    few = ("--batch-size", 4, "--teacher-steps", 2, "--pool-steps", 2, "--steps", 3)
+    run(options(mixed, tmp_path / "whole", *few))
+    assert "5 images without labels: 1 of 4 in a batch, for methods with A_v" in capsys.readouterr().out
+    run(options(mixed, tmp_path / "whole", *few, "--method", "ce"))
+    mixed_seen, seen = dict(seen), seen.clear() or seen
+    ignored = {stage: {tuple((labels == data.IGNORE).all((1, 2)).tolist()) for _, labels in steps.values()}
+               for stage, steps in mixed_seen.items()}
+    nobody = {(False, False, False, False)}
+    assert ignored == {"teacher-deeplabv3_resnet10": nobody, "pool": nobody, "ce-mit_nano-seed0": nobody,
+                       "c2vkd-mit_nano-seed0": {(False, False, False, True)}}
+
+    run(options(plain_one, tmp_path / "plain runs", *few, "--method", "ce"))  # the teacher's batches, too
+    run(options(plain_one, tmp_path / "plain runs", *few, "--method", "teacher"))
+    assert "without labels" not in capsys.readouterr().out.splitlines()[-1]
+    for stage, steps in seen.items():
+        assert all(torch.equal(a, b) for step, pair in steps.items() for a, b in zip(pair, mixed_seen[stage][step]))
+
+    for step in (5, 1):  # in the student's stage
+        with pytest.raises(KeyboardInterrupt, match="student: stopped"):
+            run_until(step, options(mixed, tmp_path / "parts", *few))
+    run(options(mixed, tmp_path / "parts", *few, "--workers", 1))
+    expected = {k: v for k, v in result(tmp_path / "whole").items() if not k.startswith("folder/ce-")}
+    differing_files = [k for k in differing(tmp_path / "parts", expected) if not k.endswith(("comparison.png", "curves.png"))]
+    assert differing_files == []
+
+
 def test_checkpoints_are_written_at_validations_and_where_the_last_one_is_old(folder, tmp_path, monkeypatch):
     """Each at the end of a row of the log, from which a run that lost its later rows continues."""
     saves, save_tensors = [], train.save_tensors
@@ -289,7 +340,7 @@ def test_checkpoints_are_written_at_validations_and_where_the_last_one_is_old(fo
 def test_a_finished_run_prints_its_table_and_changes_nothing(folder, whole, capsys):
     run(options(folder, whole[0]))
     text = capsys.readouterr().out
-    assert all(word in text for word in ("student c2vkd", "teacher", "terms at step 3", "IoU of each class", "comparison.png"))
+    assert all(word in text for word in ("student c2vkd", "teacher", "terms at step 4", "IoU of each class", "comparison.png"))
     assert differing(*whole) == []
 
 
@@ -396,6 +447,17 @@ def test_a_full_disk_is_one_line_and_the_run_continues_once_there_is_space(folde
     assert not list(tmp_path.rglob("*.part"))
     run(argv)
     assert differing(tmp_path / "runs", whole[1]) == []
+
+
+def test_an_error_of_torch_while_saving_is_not_taken_for_a_full_disk(folder, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:603] unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", broken)
+    monkeypatch.setattr(sys, "argv", ["train.py", *options(folder, tmp_path, "--teacher-steps", 1)])
+    with pytest.raises(RuntimeError, match="enforce fail"):
+        data.command(train.main)
+    assert not list(tmp_path.rglob("*.pt*"))
 
 
 def test_images_smaller_than_the_crop_are_padded_and_trained_on(tmp_path):
