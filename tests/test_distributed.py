@@ -1,4 +1,5 @@
 """Two processes are one: same gradients, same scores, same stream, same files; and who starts them."""
+import copy
 import multiprocessing
 import os
 import sys
@@ -65,8 +66,8 @@ def folder(tmp_path_factory):
 class OneStep:
     """In place of train.Run: one step on this process's share of a batch, without dropout; keeps what it left."""
 
-    def __init__(self, batch, module):
-        self.batch, self.module = batch, module.eval()
+    def __init__(self, args, batch, module):
+        self.args, self.batch, self.module = args, batch, module.eval()
 
     def batches(self, _):
         yield 0, *self.batch
@@ -75,7 +76,7 @@ class OneStep:
         pass
 
     def reports(self, step):
-        return True
+        return self.args.method == "c2vkd"  # one method's norms are enough: each is a backward pass
 
     def log(self, terms, norms):
         self.gradients = torch.cat([p.grad.flatten() for p in self.module.parameters() if p.requires_grad])
@@ -93,11 +94,13 @@ def gradients(args, images, labels):
         teacher.forward = lambda _: outputs  # once is enough
         nothing, found = SimpleNamespace(classes=list("abcde"), pairs={}), {}
         args.weights, args.student_weights = [], "none"
+        student = Student(args.student, 5)
         for args.method, args.kl in EXACT:
             args.term_weights, needs, steps = train.term_weights(args), losses.METHODS[args.method].needs, []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train, "Run", lambda args, data, stage, module, *_: steps.append(
-                    OneStep((images[mine], labels[mine]), module)) or steps[0])
+                    OneStep(args, (images[mine], labels[mine]), module)) or steps[0])
+                patch.setattr(train, "Student", lambda *_: copy.deepcopy(student))  # drawn once
                 train.distil(args, nothing, teacher if needs else None, pool if "A_l" in needs else None)
             found[f"{args.method} {args.kl}"] = steps[0].gradients, steps[0].terms, steps[0].norms
         return found
@@ -121,7 +124,8 @@ def both(tmp_path_factory):
 def test_the_gradient_of_two_processes_is_that_of_one(both, name):
     alone, together = both
     (expected, terms, norms), scale = alone[name], alone[name][0].abs().max()
-    assert scale > 0 and terms.keys() == norms.keys() == losses.METHODS[name.split()[0]].weights.keys()
+    assert scale > 0 and terms.keys() == losses.METHODS[name.split()[0]].weights.keys()
+    assert norms.keys() == (terms.keys() if name.startswith("c2vkd") else set())
     for found, _, found_norms in (t[name] for t in together):
         assert (found - expected).abs().max() < 1e-9 * scale
         assert found_norms == pytest.approx(norms, rel=1e-9, abs=1e-12)  # the term report too
