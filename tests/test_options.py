@@ -131,7 +131,8 @@ def test_rates_follow_the_weights_a_network_starts_from():
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ("--steps 0", "--steps: must be at least "), ("--batch-size 1", "--batch-size: must be at least "), ("--crop 16", "--crop: must be at least "), ("--seed -1", "--seed: must be at least "),
+    ("--steps 0", "--steps: must be at least "), ("--batch-size 1", "--batch-size: must be at least "),
+    ("--crop 16", "--crop: must be at least "), ("--seed -1", "--seed: must be at least "),
     ("--lr 0", "--lr: must be"), ("--teacher-lr 0", "--teacher-lr: must be"),
     ("--lr nan", "--lr: must be"), ("--lr inf", "--lr: must be"), ("--val-every 0", "--val-every: must be at least "),
     ("--gpus 1", "--gpus 1"), ("--gpus -1", "--gpus: must be at least "), ("--teacher-weights voc", "--teacher-weights voc"),
