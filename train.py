@@ -74,7 +74,7 @@ def distil(args, data, teacher, pool):
         loss.backward()
         optimizer.step()
         run.log(terms, norms)
-    return student
+    return student.eval()
 
 
 def train_teacher(args, data):

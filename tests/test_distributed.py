@@ -1,7 +1,9 @@
 """Two processes are one: same gradients, same scores, same stream, same files; and who starts them."""
+import copy
 import multiprocessing
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -61,8 +63,28 @@ def folder(tmp_path_factory):
 
 # ---------------------------------------------------------------- gradients
 
+class OneStep:
+    """In place of train.Run: one step on this process's share of a batch, without dropout; keeps what it left."""
+
+    def __init__(self, args, batch, module):
+        self.args, self.batch, self.module = args, batch, module.eval()
+
+    def batches(self, _):
+        yield 0, *self.batch
+
+    def set_rate(self, factor):
+        pass
+
+    def reports(self, step):
+        return self.args.method == "c2vkd"  # one method's norms are enough: each is a backward pass
+
+    def log(self, terms, norms):
+        self.gradients = torch.cat([p.grad.flatten() for p in self.module.parameters() if p.requires_grad])
+        self.terms, self.norms = {name: term.item() for name, term in terms.items()}, norms
+
+
 def gradients(args, images, labels):
-    """For every method: its gradients on this process's share of the batch, and their norms in the term report."""
+    """For every method: the gradients of its step in `distil`, its terms and their norms in the report."""
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(1)
@@ -70,20 +92,17 @@ def gradients(args, images, labels):
         mine = slice(args.rank * len(images) // args.processes, (args.rank + 1) * len(images) // args.processes)
         outputs = teacher(images[mine])
         teacher.forward = lambda _: outputs  # once is enough
-        found, stages = {}, {}
+        nothing, found = SimpleNamespace(classes=list("abcde"), pairs={}), {}
         args.weights, args.student_weights = [], "none"
+        student = Student(args.student, 5)
         for args.method, args.kl in EXACT:
-            args.term_weights = train.term_weights(args)
-            heads = args.method == "c2vkd"  # all other methods train the same modules
-            if heads not in stages:
-                nothing = SimpleNamespace(classes=list("abcde"), palette=[], pairs={"train": []})
-                stages[heads] = train.build_student_stage(args, nothing, teacher, pool)
-            module = stages[heads].module.eval()
-            terms = stages[heads].terms(images[mine], labels[mine])
-            norms = train.gradient_norms(terms, module.student.encoder, args.processes) if heads else {}
-            module.zero_grad()
-            losses.total_loss(terms, args.term_weights).backward()
-            found[f"{args.method} {args.kl}"] = torch.cat([p.grad.flatten() for p in module.parameters()]), norms
+            args.term_weights, needs, steps = train.term_weights(args), losses.METHODS[args.method].needs, []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train, "Run", lambda args, data, stage, module, *_: steps.append(
+                    OneStep(args, (images[mine], labels[mine]), module)) or steps[0])
+                patch.setattr(train, "Student", lambda *_: copy.deepcopy(student))  # drawn once
+                train.distil(args, nothing, teacher if needs else None, pool if "A_l" in needs else None)
+            found[f"{args.method} {args.kl}"] = steps[0].gradients, steps[0].terms, steps[0].norms
         return found
     finally:
         torch.set_default_dtype(torch.float32)
@@ -104,11 +123,15 @@ def both(tmp_path_factory):
 @pytest.mark.parametrize("name", [" ".join(m) for m in EXACT])
 def test_the_gradient_of_two_processes_is_that_of_one(both, name):
     alone, together = both
-    (expected, norms), scale = alone[name], alone[name][0].abs().max()
-    assert scale > 0
-    for found, found_norms in (t[name] for t in together):
+    (expected, terms, norms), scale = alone[name], alone[name][0].abs().max()
+    assert scale > 0 and terms.keys() == losses.METHODS[name.split()[0]].weights.keys()
+    assert norms.keys() == (terms.keys() if name.startswith("c2vkd") else set())
+    for found, _, found_norms in (t[name] for t in together):
         assert (found - expected).abs().max() < 1e-9 * scale
-        assert found_norms == pytest.approx(norms, rel=1e-9)  # the term report too
+        assert found_norms == pytest.approx(norms, rel=1e-9, abs=1e-12)  # the term report too
+    for term in terms:  # what the log shows: the mean over processes
+        shown = [t[name][1][term] for t in together]
+        assert sum(shown) / 2 == pytest.approx(terms[term], rel=1e-9)
 
 
 # ---------------------------------------------------------------- evaluation and the data stream
@@ -129,15 +152,24 @@ def test_evaluation_counts_every_image_once(folder, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
 
 
-def test_the_processes_share_one_stream(folder):
+@pytest.mark.parametrize("unlabelled", [0, 1])
+def test_the_processes_share_one_stream(folder, tmp_path, unlabelled):
     pictures = data.open_dataset("folder", folder)
-    alone, *shares = (list(train.loader(arguments(*who), pictures, 0, 1, 6)) for who in ((), (0, 2), (1, 2)))
-    names = [name for *_, batch in alone for name in batch]  # the rest of one epoch, then a whole one
-    assert len(set(names[:8])) == 8 and len(set(names[8:])) == 12 == len(names[8:])
-    for (images, labels, batch), *parts in zip(alone, *shares, strict=True):
-        assert [n for p in parts for n in p[2]] == list(batch) and len(set(batch)) == 4
+    pictures.pairs["unlabelled"] = [(image, None) for image, _ in pictures.pairs["val"]]
+
+    def batches(*who):
+        module = torch.nn.Linear(1, 1)
+        args = arguments(*who, "--teacher-steps", 6, "--out", tmp_path / str(who))
+        run = train.Run(args, pictures, "teacher", module, torch.optim.AdamW(module.parameters()))
+        run.step = 1  # continued
+        return [batch for _, *batch in run.batches(unlabelled)]
+
+    alone, *shares = batches(0, 1), batches(0, 2), batches(1, 2)
+    assert len(alone) == 5 and len({image.sum().item() for images, _ in alone for image in images}) == 20
+    for (images, labels), *parts in zip(alone, *shares, strict=True):
         assert torch.equal(torch.cat([p[0] for p in parts]), images)
         assert torch.equal(torch.cat([p[1] for p in parts]), labels)
+        assert (labels[-1] == data.IGNORE).all() == bool(unlabelled)
 
 
 # ---------------------------------------------------------------- whole runs
@@ -161,11 +193,10 @@ def whole_run(args):
     return sorted(written)
 
 
-def test_one_process_alone_writes_and_leaves_the_files_of_a_single_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "announce", lambda *_: None)
+def test_one_process_alone_writes_and_leaves_the_files_of_a_single_run(folder, tmp_path):
     train.train(arguments(0, 1, *settings(folder, tmp_path / "one")))
     first, second = two(tmp_path, whole_run, more=settings(folder, tmp_path / "two"))
-    assert {"last.pt.part", "best.pt.part", "results-val.json.part", "log.csv", "options.json.part"} <= set(first)
+    assert {"last.pt.part", "results-val.json.part", "log.csv", "options.json.part", "comparison.png", "curves.png"} <= set(first)
     assert [f for f in second if f.endswith((".pt", ".json", ".csv", ".png", ".part"))] == []
     one, other = (sorted(str(p.relative_to(tmp_path / n)) for p in (tmp_path / n).rglob("*")) for n in ("one", "two"))
     assert one == other
@@ -174,11 +205,10 @@ def test_one_process_alone_writes_and_leaves_the_files_of_a_single_run(folder, t
 
 def nan_in_the_second(args):
     step, cross_entropy = iter(range(100)), losses.cross_entropy
-    train.announce = lambda *_: None
     losses.cross_entropy = lambda *a: cross_entropy(*a) * (torch.nan if args.rank == 1 and next(step) == 1 else 1)
-    with pytest.raises(InputError, match="step 2: a loss.* not finite"):
+    with pytest.raises(InputError, match="teacher, step 2 of seed 0: a loss.* not finite"):
         train.train(args)
-    return (train.teacher_folder(args) / "last.pt").exists()
+    return os.path.exists(f"{args.out}/folder/teacher-{args.teacher}/last.pt")
 
 
 def test_what_is_not_finite_in_one_process_stops_all_before_anything_is_saved(folder, tmp_path):
@@ -186,12 +216,30 @@ def test_what_is_not_finite_in_one_process_stops_all_before_anything_is_saved(fo
     assert found == [False, False]
 
 
+def run_without_seeing(args):
+    """Train where process 1 sees no checkpoint yet, as on a slow network file system; returns where each stage began."""
+    begun, resumed, exists = [], train.Run.resume, Path.exists
+    train.Run.resume = lambda run: (resumed(run), begun.append((run.stage, run.step)))
+    Path.exists = lambda path: exists(path) and (args.rank == 0 or path.name != "last.pt")
+    train.train(args)
+    return begun, [train.agreed(args.rank == 0), train.agreed(args.rank == 1)]
+
+
+def test_process_0_alone_looks_for_a_checkpoint_and_tells_the_other(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Run, "stop", True)
+    with pytest.raises(KeyboardInterrupt, match="teacher: stopped and saved at step 1"):
+        train.train(arguments(0, 1, *settings(folder, tmp_path / "out")))
+    found = two(tmp_path, run_without_seeing, more=settings(folder, tmp_path / "out"))
+    assert found == [([("teacher", 1)], [True, False])] * 2
+    assert (tmp_path / "out/folder/c2vkd-mit_nano-seed0/results-val.json").exists()
+
+
 # ---------------------------------------------------------------- who starts the processes
 
 @pytest.fixture
 def started(monkeypatch):
     """train.main without its work: what it asked for."""
-    calls = SimpleNamespace(call=[], group=[], args=None)
+    calls = SimpleNamespace(call=[], group=[], listen=[], args=None)
 
     def replaced(program, command):
         calls.call.append((program, command))
@@ -204,6 +252,9 @@ def started(monkeypatch):
     monkeypatch.setattr(os, "execv", replaced)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: calls.group.append(backend))
     monkeypatch.setattr(train, "train", lambda args: setattr(calls, "args", args))
+    monkeypatch.setattr(train, "listen", lambda: calls.listen.append(1))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # these two outlive a test
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     return calls
 
 
@@ -222,6 +273,7 @@ def test_one_process_needs_no_group(started, monkeypatch, gpus, device):
     monkeypatch.setattr(sys, "argv", ["train.py", "--gpus", str(gpus)])
     train.main()
     assert started.call == [] and started.group == [] and not dist.is_initialized()
+    assert started.listen == [1]
     assert (started.args.rank, started.args.processes, str(started.args.device)) == (0, 1, device)
 
 
@@ -232,4 +284,5 @@ def test_a_started_process_joins_its_group(started, monkeypatch, gpus, backend, 
         monkeypatch.setenv(name, str(value))
     train.main()
     assert started.call == [] and started.group == [backend]
+    assert started.listen == []  # several rely on their checkpoints
     assert (started.args.rank, started.args.processes, str(started.args.device)) == (3, 4, device)

@@ -28,12 +28,12 @@ import losses
 import student
 import teacher
 import train
-from data import InputError, Interrupted
+from data import InputError
 
 # children come from a server that imported torch once and never ran it: after a backward pass or OpenMP, a fork may hang
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train", "pytest"])
-RESNET10, ANNOUNCE = teacher._resnet10, train.announce
+RESNET10 = teacher.TEACHERS["deeplabv3_resnet10"]
 
 
 def small_net(classes):
@@ -45,24 +45,25 @@ def small_net(classes):
     return net
 
 
+SMALL = RESNET10._replace(build=small_net)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """One thread, the small teacher, no timing beforehand, pytest's own signal handlers."""
+    """One thread, the small teacher, pytest's own signal handlers."""
     multiprocessing.forkserver.ensure_running()  # it imports while the first tests run
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher, "_resnet10", small_net)
-        patch.setattr(train, "announce", lambda *_: None)
-        patch.setattr(train.Stop, "listen", lambda: None)
-        patch.setattr(train.Stop, "asked", False)
+        patch.setitem(teacher.TEACHERS, "deeplabv3_resnet10", SMALL)
+        patch.setattr(train, "listen", lambda: None)
         yield
     torch.set_num_threads(threads)
 
 
-def put_folder(root, train_images=12, sides=(32, 64)):
+def put_folder(root, train_images=12, sides=(32, 64), unlabelled=0):
     rng = np.random.default_rng(0)
-    for split, count in (("train", train_images), ("val", 2)):
+    for split, count in (("train", train_images), ("val", 2), ("unlabelled", unlabelled)):
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True)
         for i in range(count):
@@ -71,6 +72,7 @@ def put_folder(root, train_images=12, sides=(32, 64)):
             image = 80 * label[..., None] + rng.integers(0, 40, (*label.shape, 3))
             Image.fromarray(image.astype(np.uint8)).save(root / "images" / split / f"{i}.jpg")
             Image.fromarray(label).save(root / "labels" / split / f"{i}.png")
+    shutil.rmtree(root / "labels" / "unlabelled")
     (root / "classes.txt").write_text("road 128 64 128\nsky 70 130 180\ncar 0 0 142\n")
     return root
 
@@ -83,7 +85,7 @@ def folder(tmp_path_factory):
 def options(folder, out, *more):
     return ["--dataset", "folder", "--data", str(folder), "--out", str(out), "--gpus", "0", "--teacher", "deeplabv3_resnet10",
             "--teacher-steps", "4", "--pool-steps", "4", "--student", "mit_nano", "--steps", "4", "--batch-size", "2",
-            "--crop", "32", "--base", "32", "--log-every", "2", "--report-every", "2", "--val-every", "3", *map(str, more)]
+            "--crop", "32", "--base", "32", "--log-every", "1", "--report-every", "2", "--val-every", "3", *map(str, more)]
 
 
 def run(argv):
@@ -96,13 +98,14 @@ def run_until(step, argv):
     """The run is asked to stop during its step-th step, counted over all stages."""
     steps, schedule = itertools.count(1), train.schedule
 
-    def asking(*args):
-        train.Stop.asked = next(steps) == step
-        return schedule(*args)
+    def asking(*args, **kwargs):
+        if next(steps) == step:
+            train.Run.stop = True
+        return schedule(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "schedule", asking)
-        patch.setattr(train.Stop, "asked", False)
+        patch.setattr(train.Run, "stop", False)
         run(argv)
 
 
@@ -125,7 +128,7 @@ def result(out):
         elif path.suffix == ".csv":
             with open(path, newline="") as f:
                 found[key] = [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in csv.DictReader(f)]
-        elif path.name != "curves.png":
+        else:
             found[key] = path.read_bytes()
     return found
 
@@ -163,7 +166,7 @@ def child(argv, log, trouble):
         os.dup2(f.fileno(), 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # loader processes get the changes below
-    teacher._resnet10, train.announce = small_net, lambda *_: None
+    teacher.TEACHERS["deeplabv3_resnet10"] = SMALL
     trouble()
     sys.argv = ["train.py", *argv]
     data.command(train.main)
@@ -184,34 +187,32 @@ def finish(process):
 
 
 def send_itself(number, step):
+    os.setsid()
+    send = os.killpg if number == signal.SIGINT else os.kill  # Ctrl-C reaches the loader processes too
     steps, schedule = itertools.count(1), train.schedule
 
-    def sending(*args):
+    def sending(*args, **kwargs):
         if next(steps) == step:
-            os.kill(os.getpid(), number)
-        return schedule(*args)
+            send(os.getpid(), number)
+        return schedule(*args, **kwargs)
 
     train.schedule = sending
 
 
-def save_every_step():
-    train.time = SimpleNamespace(monotonic=itertools.count(0, 61).__next__)
-
-
 def die_in_step(number, seconds):
-    save_every_step()
+    train.Run.SAVE_SECONDS = -1  # a checkpoint after each row of the log
     steps, schedule = itertools.count(1), train.schedule
 
-    def dying(*args):
+    def dying(*args, **kwargs):
         if next(steps) == number:
             signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends the process wherever it is then
-        return schedule(*args)
+        return schedule(*args, **kwargs)
 
     train.schedule = dying
 
 
 def die_halfway_through_write(number):
-    save_every_step()
+    train.Run.SAVE_SECONDS = -1  # a checkpoint after each row of the log
     writes, fsync = itertools.count(1), os.fsync
 
     def dying(fd):
@@ -241,7 +242,7 @@ def test_a_run_stopped_after_every_step_ends_as_the_whole_one(folder, tmp_path, 
         try:
             run_until(1, options(folder, tmp_path))
             break
-        except Interrupted as e:
+        except KeyboardInterrupt as e:
             stops += 1
             assert "stopped and saved at step" in str(e)
     assert stops == 12
@@ -249,20 +250,18 @@ def test_a_run_stopped_after_every_step_ends_as_the_whole_one(folder, tmp_path, 
 
 
 def test_resnet10_stopped_in_each_stage_ends_as_the_whole_one_and_a_worker_changes_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher, "_resnet10", RESNET10)
+    monkeypatch.setitem(teacher.TEACHERS, "deeplabv3_resnet10", RESNET10)
     few = ("--teacher-steps", 2, "--pool-steps", 2, "--steps", 2)
     run(options(folder, tmp_path / "whole", *few))
     for name, step in (("teacher", 1), ("pool", 2), ("student", 2)):
-        with pytest.raises(Interrupted, match=f"{name}: stopped"):
+        with pytest.raises(KeyboardInterrupt, match=f"{name}: stopped"):
             run_until(step, options(folder, tmp_path / "parts", *few, "--workers", 1))
     run(options(folder, tmp_path / "parts", *few, "--workers", 1))
     assert differing(tmp_path / "parts", result(tmp_path / "whole")) == []
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_student(folder, tmp_path, whole):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "announce", ANNOUNCE)  # which leaves no trace
-        run(options(folder, tmp_path))
+    run(options(folder, tmp_path))
     assert differing(tmp_path, whole[1]) == []
     run(options(folder, tmp_path, "--seed", 1))
     students = (tmp_path / "folder" / f"c2vkd-mit_nano-seed{seed}" / "last.pt" for seed in (0, 1))
@@ -270,44 +269,108 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_another_student(fold
     assert first.keys() == second.keys() and first != second
 
 
-def test_a_stopped_run_remembers_its_best_checkpoint(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "validation", lambda stage, args, data, step: 50 - step)
-    for step in (2, 4):  # in the teacher's stage, then in the pool's
-        with pytest.raises(Interrupted):
-            run_until(step, options(folder, tmp_path, "--val-every", 1))
-    assert torch.load(tmp_path / "folder" / "teacher-deeplabv3_resnet10" / "best.pt")["step"] == 1
+def test_both_students_of_shapes_stopped_after_every_step_end_as_the_whole_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 4, "val": 2})
+    data.make_shapes(tmp_path / "data")
+    few = ("--dataset", "shapes", "--teacher-steps", 1, "--pool-steps", 1, "--steps", 2)
+    run(options(tmp_path / "data", tmp_path / "whole", *few))
+    begun = []
+    for name in ("teacher", "pool", "student", "student", "student", "student"):
+        with pytest.raises(KeyboardInterrupt, match=f"{name}: stopped"):
+            run_until(1, options(tmp_path / "data", tmp_path / "parts", *few))
+        begun.append(sorted(p.parent.name for p in (tmp_path / "parts").rglob("last.pt")))
+    assert "ce-mit_nano-seed0" in begun[2] and "c2vkd-mit_nano-seed0" not in begun[3]
+    run(options(tmp_path / "data", tmp_path / "parts", *few))
+    assert differing(tmp_path / "parts", result(tmp_path / "whole")) == []
+
+
+def test_images_without_labels_are_half_of_a_batch_of_the_feature_losses_and_play_no_other_part(tmp_path, monkeypatch, capsys):
+    seen, batches = {}, train.Run.batches
+
+    def recording(self, *unlabelled):
+        for step, images, labels in batches(self, *unlabelled):
+            seen.setdefault(self.folder.name, {})[step] = images, labels
+            yield step, images, labels
+
+    monkeypatch.setattr(train.Run, "batches", recording)
+    mixed, plain_one = put_folder(tmp_path / "mixed", unlabelled=5), put_folder(tmp_path / "plain")
+    few = ("--batch-size", 4, "--teacher-steps", 2, "--pool-steps", 2, "--steps", 3)
+    run(options(mixed, tmp_path / "whole", *few))
+    assert "5 images without labels: 1 of 4 in a batch, for methods with A_v" in capsys.readouterr().out
+    run(options(mixed, tmp_path / "whole", *few, "--method", "ce"))
+    mixed_seen, seen = dict(seen), seen.clear() or seen
+    ignored = {stage: {tuple((labels == data.IGNORE).all((1, 2)).tolist()) for _, labels in steps.values()}
+               for stage, steps in mixed_seen.items()}
+    nobody = {(False, False, False, False)}
+    assert ignored == {"teacher-deeplabv3_resnet10": nobody, "pool": nobody, "ce-mit_nano-seed0": nobody,
+                       "c2vkd-mit_nano-seed0": {(False, False, False, True)}}
+
+    run(options(plain_one, tmp_path / "plain runs", *few, "--method", "ce"))  # the teacher's batches, too
+    run(options(plain_one, tmp_path / "plain runs", *few, "--method", "teacher"))
+    assert "without labels" not in capsys.readouterr().out.splitlines()[-1]
+    for stage, steps in seen.items():
+        assert all(torch.equal(a, b) for step, pair in steps.items() for a, b in zip(pair, mixed_seen[stage][step]))
+
+    for step in (5, 1):  # in the student's stage
+        with pytest.raises(KeyboardInterrupt, match="student: stopped"):
+            run_until(step, options(mixed, tmp_path / "parts", *few))
+    run(options(mixed, tmp_path / "parts", *few, "--workers", 1))
+    expected = {k: v for k, v in result(tmp_path / "whole").items() if not k.startswith("folder/ce-")}
+    assert differing(tmp_path / "parts", expected) == []
+
+
+def test_checkpoints_are_written_at_validations_and_where_the_last_one_is_old(folder, tmp_path, monkeypatch):
+    """Each at the end of a row of the log, from which a run that lost its later rows continues."""
+    saves, save_tensors = [], train.save_tensors
+
+    def counting(path, content):
+        saves.append((path.parent.name, content["step"]))
+        save_tensors(path, content)
+
+    monkeypatch.setattr(train, "save_tensors", counting)
+    few = ("--method", "teacher", "--teacher-steps", 6, "--val-every", 4, "--log-every", 2)
+    run(options(folder, tmp_path / "rare", *few))
+    assert saves == [("teacher-deeplabv3_resnet10", 4), ("teacher-deeplabv3_resnet10", 6), ("pool", 4)]
+    saves.clear()
+    monkeypatch.setattr(train.Run, "SAVE_SECONDS", -1)
+    run(options(folder, tmp_path / "often", *few))
+    assert [step for _, step in saves] == [2, 4, 6, 2, 4]
+    assert differing(tmp_path / "often", result(tmp_path / "rare")) == []
 
 
 def test_a_finished_run_prints_its_table_and_changes_nothing(folder, whole, capsys):
     run(options(folder, whole[0]))
-    assert "student c2vkd mit_nano" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("student c2vkd", "teacher", "terms at step 4", "IoU of each class", "comparison.png"))
     assert differing(*whole) == []
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
-def test_a_signal_saves_and_ends_with_130(folder, tmp_path, whole, number):
-    argv = options(folder, tmp_path / "runs")
-    assert finish(start(argv, tmp_path / "log", partial(send_itself, number, 7))) == 130
-    assert "pool: stopped and saved at step 3; run the same command again" in (tmp_path / "log").read_text().splitlines()[-1]
+def test_a_signal_saves_at_the_next_row_of_the_log_and_ends_with_130(folder, tmp_path, number):
+    argv = options(folder, tmp_path / "runs", "--log-every", 2, "--val-every", 4, "--workers", int(number == signal.SIGINT))
+    assert finish(start(argv, tmp_path / "log", partial(send_itself, number, 5))) == 130
+    assert "pool: stopped and saved at step 2; run the same command again" in (tmp_path / "log").read_text().splitlines()[-1]
     run(argv)
-    assert differing(tmp_path / "runs", whole[1]) == []
+    run([word.replace("runs", "whole") for word in argv])
+    assert differing(tmp_path / "runs", result(tmp_path / "whole")) == []
 
 
 def test_a_chain_of_kills_ends_as_the_whole_run(folder, tmp_path, whole):
-    argv, chance, kills = options(folder, tmp_path / "runs"), random.Random(0), 0
+    argv, chance, kills, saved = options(folder, tmp_path / "runs"), random.Random(0), 0, set()
     for attempt in range(30):
         trouble = partial(die_halfway_through_write, chance.randint(1, 5)) if attempt % 2 else \
             partial(die_in_step, chance.randint(1, 3), chance.uniform(0.001, 0.1))
         code = finish(start(argv, tmp_path / "log", trouble))
         for path in (tmp_path / "runs").rglob("*.pt"):
-            data.load_checkpoint(path, ("network",) if path.name == "best.pt" else ("step", "module"))
+            data.load_checkpoint(path, ("step", "module"))
         if code == 0:  # it came to its end first: once more from the start
             assert differing(tmp_path / "runs", whole[1]) == []
             shutil.rmtree(tmp_path / "runs")
         else:
             assert code in (-signal.SIGKILL, -signal.SIGALRM), (tmp_path / "log").read_text()
             kills += 1
-    assert kills >= 20
+            saved.add(len(list((tmp_path / "runs").rglob("last.pt"))))
+    assert kills >= 20 and {1, 3} <= saved  # in every stage, with something to lose
     run(argv)
     assert differing(tmp_path / "runs", whole[1]) == []
 
@@ -330,19 +393,17 @@ def test_a_folder_of_another_experiment_is_refused_and_kept(folder, whole, capsy
 
 @pytest.mark.parametrize("loss, shown", ((lambda V_S, V_T: V_S.sum() * torch.nan, "pc nan"),
                                          (lambda V_S, V_T: (0 * V_S).sum().sqrt(), "pc 0")), ids=("loss", "gradient"))
-def test_what_is_not_finite_stops_the_run_with_terms_and_files_and_keeps_the_checkpoint(
+def test_what_is_not_finite_stops_the_run_with_its_terms_and_keeps_the_checkpoint(
         folder, tmp_path, whole, monkeypatch, capsys, loss, shown):
     argv = options(folder, tmp_path)
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         run_until(9, argv)
     path = tmp_path / "folder" / "c2vkd-mit_nano-seed0" / "last.pt"
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(losses, "patch_loss", loss)
         message = error_of(train.main, argv, capsys)
-    stream = train.loader(train.argparse.Namespace(**vars(train.parse_options(argv)), rank=0, processes=1),
-                          data.open_dataset("folder", folder), 0, 1, 2)
-    for word in ("student, step 2", "pdd ", "gb ", shown, "lc ", *next(iter(stream))[2], f"{path} is intact", "lower --lr"):
+    for word in ("student, step 2 of seed 0", "pdd ", "gb ", shown, "lc ", f"{path} is intact", "lower --lr"):
         assert word in message
     assert path.read_bytes() == before
     run(argv)
@@ -368,7 +429,7 @@ def test_a_fault_met_by_a_loader_process_is_one_clean_line(folder, tmp_path, cap
 @pytest.mark.parametrize("place", ("fsync", "file size"))
 def test_a_full_disk_is_one_line_and_the_run_continues_once_there_is_space(folder, tmp_path, whole, monkeypatch, capsys, place):
     argv = options(folder, tmp_path / "runs")
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         run_until(2, argv)
     before = (tmp_path / "runs" / "folder" / "teacher-deeplabv3_resnet10" / "last.pt").read_bytes()
 
@@ -390,11 +451,22 @@ def test_a_full_disk_is_one_line_and_the_run_continues_once_there_is_space(folde
     assert differing(tmp_path / "runs", whole[1]) == []
 
 
+def test_an_error_of_torch_while_saving_is_not_taken_for_a_full_disk(folder, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:603] unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", broken)
+    monkeypatch.setattr(sys, "argv", ["train.py", *options(folder, tmp_path, "--teacher-steps", 1)])
+    with pytest.raises(RuntimeError, match="enforce fail"):
+        data.command(train.main)
+    assert not list(tmp_path.rglob("*.pt*"))
+
+
 def test_images_smaller_than_the_crop_are_padded_and_trained_on(tmp_path):
     small = put_folder(tmp_path / "data", 4, (16, 40))
     run(options(small, tmp_path, "--crop", 64, "--teacher-steps", 1, "--pool-steps", 1, "--steps", 1))
     state = torch.load(tmp_path / "folder" / "c2vkd-mit_nano-seed0" / "last.pt")
-    assert all(v.isfinite().all() for v in state["network"].values())
+    assert all(v.isfinite().all() for v in state["module"].values())
 
 
 # ---------------------------------------------------------------- bad input
@@ -415,10 +487,18 @@ def classes(text):
 def checkpoint(name="mit_nano", classes=3, holds=None):
     """Puts a finished checkpoint called `name`, with the tensors of `holds`, into the data folder."""
     def put(d):
-        model = (student.Student if (holds or name) in student.VARIANTS else teacher.Teacher)(holds or name, classes)
+        of_student = (holds or name) in student.VARIANTS
+        model = (student.Student if of_student else teacher.Teacher)(holds or name, classes)
+        module = {"student." * of_student + k: v for k, v in model.state_dict().items()}
         torch.save({"name": name, "classes": ["road", "sky", "car", "tree"][:classes], "palette": [[0, 0, 0]] * classes, "base": 32,
-                    "window": 32, "dataset": "folder", "data": str(d), "step": 1, "network": model.state_dict()}, d / "x.pt")
+                    "window": 32, "dataset": "folder", "data": str(d), "step": 1, "module": module,
+                    "stage_conditions": {"teacher_steps": 1}}, d / "x.pt")
     return put
+
+
+def plain_teacher(name, classes):
+    """Puts torchvision's own state dict of a network into the data folder."""
+    return lambda d: torch.save(teacher.TEACHERS[name].build(classes).state_dict(), d / "x.pt")
 
 
 EVAL = "EVAL --checkpoint {d}/x.pt "
@@ -448,14 +528,14 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
                                     "{d}/classes.txt, line 1:|name R G B"),
     "one class": (classes("road 1 2 3\n"), "", "{d}/classes.txt: 1 classes; 2 to 255"),
     "no class": (classes(""), "", "{d}/classes.txt: 0 classes; 2 to 255"),
-    "crop below 32": (None, "--crop 31", "--crop 31: must be at least 32"),
-    "batch of one": (None, "--batch-size 1", "--batch-size 1: must be at least 2"),
-    "no steps": (None, "--steps 0", "--steps 0: must be at least 1"),
-    "negative seed": (None, "--seed -1", "--seed -1: must be at least 0"),
-    "negative workers": (None, "--workers -1", "--workers -1: must be at least 0"),
-    "validation every 0 steps": (None, "--val-every 0", "--val-every 0: must be at least 1"),
-    "rate 0": (None, "--lr 0", "--lr and --teacher-lr must be above 0"),
-    "rate nan": (None, "--teacher-lr nan", "--lr and --teacher-lr must be above 0"),
+    "crop below 32": (None, "--crop 31", "--crop: must be at least 32"),
+    "batch of one": (None, "--batch-size 1", "--batch-size: must be at least 2"),
+    "no steps": (None, "--steps 0", "--steps: must be at least 1"),
+    "negative seed": (None, "--seed -1", "--seed: must be at least 0"),
+    "negative workers": (None, "--workers -1", "--workers: must be at least 0"),
+    "validation every 0 steps": (None, "--val-every 0", "--val-every: must be at least 1"),
+    "rate 0": (None, "--lr 0", "--lr: must be at least"),
+    "rate nan": (None, "--teacher-lr nan", "--teacher-lr: must be at least"),
     "unknown term": (None, "--weights xx=1", "--weights xx=1: c2vkd takes pdd=NUMBER"),
     "term of another method": (None, "--method kd --weights gb=1", "--weights gb=1: kd takes ce=NUMBER kd=NUMBER"),
     "weight that is no number": (None, "--weights gb=much", "--weights gb=much: c2vkd takes pdd=NUMBER"),
@@ -476,6 +556,13 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
                                  "{d}/x.pt: holds deeplabv3_resnet10 with 4 classes|the right checkpoint"),
     "teacher whose tensors do not fit": (checkpoint("deeplabv3_resnet10", holds="mit_nano"),
                                          "--teacher-weights {d}/x.pt", "{d}/x.pt: its tensors do not fit"),
+    "plain teacher of other classes": (plain_teacher("deeplabv3_resnet10", 4), "--teacher-weights {d}/x.pt",
+                                       "{d}/x.pt: not deeplabv3_resnet10 with the classes of this data set|classifier"),
+    "plain teacher of another architecture": (plain_teacher("deeplabv3_mobilenet_v3_large", 3), "--teacher-weights {d}/x.pt",
+                                              "{d}/x.pt: not deeplabv3_resnet10|give --teacher the network of the file"),
+    "unknown option": (None, "--compile", "unrecognized arguments: --compile"),
+    "unknown recipe": (None, "--recipe tiny", "argument --recipe: invalid choice: 'tiny'"),
+    "recipe of another data set": (None, "--dataset shapes --recipe small", "--recipe small: shapes has one recipe"),
     "CLIP with a small teacher": (None, "--clip {d}/no.pt", "--clip needs a ResNet teacher"),
     "output below a file": (None, "--out {d}/classes.txt", "{d}/classes.txt/folder|check the path"),
     "missing checkpoint": (None, EVAL, "{d}/x.pt: no such file; give the path of a last.pt"),
@@ -494,7 +581,7 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
     "text as picture": (checkpoint(), EVAL + "--image {d}/classes.txt --pictures {d}/p",
                         "{d}/classes.txt: not a readable image|give another"),
     "folder without images": (checkpoint(), EVAL + "--image {d}/images --pictures {d}/p", "{d}/images: no .jpg or .png in it"),
-    "window below 32": (None, EVAL + "--window 8", "--window 8: must be at least 32"),
+    "window below 32": (None, EVAL + "--window 8", "--window: must be at least 32"),
     "no such device": (None, EVAL + "--device cuda", "--device cuda: no such device found; use --device cpu"),
     "nothing to compare": (None, "EVAL --compare {d}", "{d}: no results-val.json below it; run train.py"),
 }

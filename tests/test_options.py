@@ -13,12 +13,13 @@ from data import InputError
 from train import RECIPES, parse_options
 
 ALTERNATIVES = {  # for each option of train.py, arguments that differ from the default
-    "dataset": "voc", "data": "elsewhere", "method": "kd", "out": "there", "name": "mine",
+    "dataset": "voc", "data": "elsewhere", "method": "kd", "recipe": "full --dataset folder", "out": "there",
+    "name": "mine",
     "teacher": "deeplabv3_resnet50", "teacher_weights": "w.pt", "teacher_steps": "3", "teacher_lr": "0.5",
     "pool_steps": "3", "clip": "RN101.pt",
     "student": "pvt_v2_b0", "student_weights": "w.pth", "steps": "3", "lr": "0.5", "kl": "reverse", "weights": "gb=7 lc=0.25",
     "batch_size": "2", "crop": "96", "base": "96", "warmup": "3",
-    "gpus": "2", "workers": "3", "seed": "3", "deterministic": "", "compile": "",
+    "gpus": "2", "workers": "3", "seed": "3", "deterministic": "",
     "log_every": "3", "report_every": "3", "val_every": "3", "val_images": "3",
 }
 
@@ -95,10 +96,31 @@ def test_command_line_overrules_the_recipe():
     assert (args.steps, args.student, args.crop) == (7, "mit_b1", RECIPES["ade20k"]["crop"])
 
 
-def test_folder_has_a_small_recipe_on_a_cpu(monkeypatch):
-    assert parse_options(["--dataset", "folder"]).crop == RECIPES["folder, no GPU"]["crop"]
+@pytest.mark.parametrize("gpus, given, recipe", [(0, None, "small"), (1, None, "full"), (0, "full", "full"),
+                                                 (1, "small", "small")])
+def test_folder_has_two_recipes_and_the_machine_chooses_where_nobody_does(gpus, given, recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    args = parse_options(["--dataset", "folder", *(["--recipe", given] if given else [])])
+    assert args.recipe == recipe
+    assert {k: getattr(args, k) for k in RECIPES[recipe]} == RECIPES[recipe] | {"scale": list(RECIPES[recipe]["scale"])}
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "ade20k", "cityscapes", "voc"])
+def test_other_data_sets_have_one_recipe_whatever_the_machine(dataset, monkeypatch):
+    alone = parse_options(["--dataset", dataset])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert parse_options(["--dataset", "folder"]).crop == RECIPES["folder"]["crop"]
+    assert parse_options(["--dataset", dataset]).crop == alone.crop == RECIPES[dataset]["crop"]
+    assert alone.recipe == dataset
+    with pytest.raises(InputError, match="--recipe small.*goes with --dataset folder"):
+        parse_options(["--dataset", dataset, "--recipe", "small"])
+
+
+@pytest.mark.parametrize("arguments, method, both", [
+    ("", "c2vkd", True), ("--method c2vkd", "c2vkd", False), ("--method ce", "ce", False),
+    ("--dataset voc", "c2vkd", False), ("--method teacher", "teacher", False)])
+def test_without_a_method_shapes_trains_the_student_alone_too(arguments, method, both):
+    args = parse_options(arguments.split())
+    assert (args.method, args.both) == (method, both)
 
 
 def test_rates_follow_the_weights_a_network_starts_from():
@@ -109,17 +131,21 @@ def test_rates_follow_the_weights_a_network_starts_from():
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ("--steps 0", "--steps 0"), ("--batch-size 1", "--batch-size 1"), ("--crop 16", "--crop 16"), ("--seed -1", "--seed -1"),
-    ("--lr 0", "--lr"), ("--teacher-lr 0", "--teacher-lr"), ("--lr nan", "--lr"), ("--val-every 0", "--val-every 0"),
-    ("--gpus 1", "--gpus 1"), ("--gpus -1", "--gpus -1"), ("--teacher-weights voc", "--teacher-weights voc"),
+    ("--steps 0", "--steps: must be at least "), ("--batch-size 1", "--batch-size: must be at least "),
+    ("--crop 16", "--crop: must be at least "), ("--seed -1", "--seed: must be at least "),
+    ("--lr 0", "--lr: must be"), ("--teacher-lr 0", "--teacher-lr: must be"),
+    ("--lr nan", "--lr: must be"), ("--lr inf", "--lr: must be"), ("--val-every 0", "--val-every: must be at least "),
+    ("--gpus 1", "--gpus 1"), ("--gpus -1", "--gpus: must be at least "), ("--teacher-weights voc", "--teacher-weights voc"),
     ("--weights gb", "gb=NUMBER"), ("--weights kd=1", "gb=NUMBER"), ("--method kd --weights released", "kd=NUMBER")])
 def test_value_out_of_range_is_one_sentence_that_names_the_option(arguments, named):
     with pytest.raises(InputError, match=re.escape(named)):
         parse_options(arguments.split())
 
 
-@pytest.mark.parametrize("arguments", ["--student vit", "--dataset cifar", "--steps many", "--unknown 1"])
-def test_unknown_choice_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as end:
+@pytest.mark.parametrize("arguments, named", [
+    ("--student vit", "--student"), ("--dataset cifar", "--dataset"), ("--method none", "--method"),
+    ("--recipe tiny", "--recipe"), ("--steps many", "--steps"), ("--lr fast", "--lr"), ("--steps", "--steps"),
+    ("--unknown 1", "--unknown 1"), ("--compile", "--compile")])
+def test_what_argparse_refuses_is_an_input_error_that_names_the_option(arguments, named):
+    with pytest.raises(InputError, match=named):
         parse_options(arguments.split())
-    assert end.value.code == 2 and arguments.split()[0] in capsys.readouterr().err
