@@ -407,7 +407,7 @@ def vlfd(S, T, labels, kl="forward"):
 
 class Method(NamedTuple):
     """terms: the function; weights: their defaults; source: of these. needs: what the function reads besides the
-    student's own outputs, of the words teacher, A_v (fills S.projected), A_l (fills both embeddings, brings P along)."""
+    student's own outputs, of the words teacher, A_v (fills S.projected), A_l (fills both embeddings, needs P)."""
     terms: Callable
     weights: dict
     needs: str = "teacher"

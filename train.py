@@ -324,7 +324,8 @@ class Run:
 
 
 def _quiet_worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process saves and ends the workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process saves and ends the workers
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -348,8 +349,11 @@ def experiment(args, data, stage):
     if "teacher" in losses.METHODS[args.method].needs:
         conditions |= of_teacher
     conditions |= {n: getattr(args, n) for n in ("student", "student_weights", "steps", "lr")}
-    own = {n: getattr(args, n) for n in ("method", "seed", "kl", "pool_steps", "clip")}
-    own |= {"weights": args.term_weights, "unlabelled_images": len(data.pairs.get("unlabelled", ()))}
+    own = {n: getattr(args, n) for n in ("method", "seed", "kl")} | {"weights": args.term_weights}
+    if "A_l" in losses.METHODS[args.method].needs:
+        own |= {"pool_steps": args.pool_steps, "clip": args.clip}
+    if "A_v" in losses.METHODS[args.method].needs:
+        own |= {"unlabelled_images": len(data.pairs.get("unlabelled", ()))}
     description |= {"name": args.student, "method": args.method, "seed": args.seed, "conditions": conditions,
                     "label": args.name and args.name.removesuffix(f"-seed{args.seed}")}
     name = args.name or f"{args.method}-{args.student}-seed{args.seed}"
@@ -501,10 +505,11 @@ def report_run(args, data, teacher, teacher_result, student):
         entries["teacher"] = teacher, teacher_result, experiment(args, data, "teacher")[0] / "log.csv"
     if student and args.method != "ce":
         other, _, _, conditions, _ = experiment(alone(args), data, "student")
-        if (other / "results-val.json").exists():
+        if (other / "results-val.json").exists() and (other / "last.pt").exists():
             network, state = load_network(other / "last.pt", args.device)
             result = json.loads((other / "results-val.json").read_text())
-            if state["stage_conditions"] == conditions:
+            found = state["stage_conditions"] | {"step": state["step"]}
+            if all(found.get(k) == v for k, v in (conditions | {"step": result["step"]}).items()):
                 entries["student alone"] = network, result, other / "log.csv"
     if student:
         label = "student alone" if args.method == "ce" else f"student {args.method}"
@@ -557,13 +562,13 @@ def parse_options(argv=None):
     g.add_argument("--method", choices=("teacher", *losses.METHODS), help="default c2vkd, on shapes ce and c2vkd; "
                    "teacher: stop after stage 2")
     g.add_argument("--recipe", choices=("small", "full"),
-                   help="of --dataset folder: default full with a GPU, small without")
+                   help="of folder: default full with a GPU, else small")
     g.add_argument("--out", default="runs", metavar="DIR", help="output folder (default runs)")
     g.add_argument("--name", metavar="NAME", help="folder, table row (default METHOD-STUDENT-seedN)")
     g = p.add_argument_group("teacher")
     g.add_argument("--teacher", choices=TEACHERS, help="*")
-    g.add_argument("--teacher-weights", metavar="W", help="* imagenet | none | voc (finished: COCO, VOC's classes) | "
-                   "FILE (a finished last.pt, or torchvision's own state dict)")
+    g.add_argument("--teacher-weights", metavar="W", help="* imagenet | none | voc (finished) | FILE (a "
+                   "finished last.pt, or torchvision's own state dict)")
     g.add_argument("--teacher-steps", **steps, help="*")
     g.add_argument("--teacher-lr", **rate, help="default 0.01 (SGD) from ImageNet, 0.001 (AdamW) from random weights")
     g.add_argument("--pool-steps", **steps, help="* steps that fit the attention pool")
@@ -576,7 +581,7 @@ def parse_options(argv=None):
     g.add_argument("--kl", default="forward", choices=("forward", "reverse"),
                    help="direction in Eq. 3, 4 and 9 (default forward)")
     g.add_argument("--weights", nargs="+", default=[], metavar="T=X",
-                   help="weights of terms, as gb=0.1 pc=0.1 lc=0.5, or one word: summed | released")
+                   help="of terms, as gb=0.1 lc=0.5, or summed | released")
     g = p.add_argument_group("batches")
     g.add_argument("--batch-size", type=at_least(2), metavar="N", help="* images, all GPUs together")
     g.add_argument("--crop", **pixels, help="* side of the square crop and of the evaluation window")
