@@ -137,10 +137,11 @@ def margin(z, labels):
     """
     # differs: paper one summed non-target probability, release missing, here as the paper: which wrong class the
     # teacher thinks of is given up (DKD keeps it)
-    target = labels.where(labels != IGNORE, 0)[:, None]  # B,1,H,W
-    z_t = z.gather(1, target)
-    z_nt = z.scatter(1, target, -torch.inf).logsumexp(1, keepdim=True)
-    return (z_t - z_nt)[:, 0]
+    rows = z.movedim(1, -1).flatten(0, -2)  # pixels,K: twice as fast where the channels lie together in memory
+    target = labels.where(labels != IGNORE, 0).flatten()[:, None]  # pixels,1
+    z_t = rows.gather(1, target)
+    z_nt = rows.scatter(1, target, -torch.inf).logsumexp(1, keepdim=True)
+    return (z_t - z_nt).view_as(labels)
 
 
 def pdd_loss(z_S, z_T, labels, kl="forward"):

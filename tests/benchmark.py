@@ -282,7 +282,7 @@ def single_losses(args):
 
     def literal_pdd(z_S, z_T):
         onehot = F.one_hot(labels, K).movedim(-1, 1)  # B,K,H,W; every pixel is labelled here
-        probabilities = (losses.upsample(z, labels.shape[1:]).softmax(1) for z in (z_S, z_T))
+        probabilities = (losses.resize(z, labels.shape[1:]).softmax(1) for z in (z_S, z_T))
         (p_t, p_nt), (q_t, q_nt) = (((p * onehot).sum(1), (p * (1 - onehot)).sum(1)) for p in probabilities)
         q_t, q_nt = (q_t + 1) / 2, q_nt / 2
         return 0.5 * (q_t * (q_t / p_t).log() + q_nt * (q_nt / p_nt).log()).mean()
