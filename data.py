@@ -13,6 +13,7 @@ import io
 import math
 import os
 import shutil
+import signal
 import sys
 import urllib.request
 from collections import Counter
@@ -545,6 +546,12 @@ def at_least(least, kind=int):
 def progress(iterable=None, disable=False, **kwargs):
     """tqdm's bar; none where stderr is no terminal."""
     return tqdm(iterable, disable=disable or None, dynamic_ncols=True, **kwargs)
+
+
+def quiet_worker(_):
+    """For loader processes: a signal to the whole group is the main process's, which saves and ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def write_atomically(path, content):

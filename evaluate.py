@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 
 from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, Parser, at_least, command, load_checkpoint,
-                  normalise, open_dataset, progress, resize_short_side, spread, write_atomically)
+                  normalise, open_dataset, progress, quiet_worker, resize_short_side, spread, write_atomically)
 from student import VARIANTS, Student, count_parameters
 from teacher import TEACHERS, Teacher
 
@@ -127,7 +127,8 @@ def evaluate(model, data, split, base, window, device, stride=None, flip=False, 
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     dataset = EvalImages(data, split, base, spread(len(data.pairs[split]), images)[rank::processes])
     # a generator of its own: the loader would draw from the one that training continues with
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator())
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=quiet_worker,
+                        generator=torch.Generator())
     matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
@@ -423,12 +424,13 @@ def _claims(runs, gains):
 def report(folder, entries, data, base, window, device):
     """Print the table of networks and draw comparison.png and curves.png into `folder`.
 
-    entries: label -> (network, its scores on val, its log.csv, which a given teacher has not).
+    entries: label -> (network, its scores on val, its log.csv or None).
     """
+    folder.mkdir(parents=True, exist_ok=True)  # of a teacher that was given
     rows, curves = [], {}
     for label, (network, result, log) in entries.items():
         rows.append((label, count_parameters(network), milliseconds(network, window, window, device), result))
-        if log.exists():
+        if log:
             with open(log, newline="") as f:
                 curves[label] = [(int(r["step"]), float(r["val_miou"])) for r in csv.DictReader(f) if r["val_miou"]]
     print("\n" + table(rows, data.classes))

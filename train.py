@@ -11,7 +11,6 @@ command again continues where it stopped; a finished run prints its table.
 import argparse
 import csv
 import inspect
-import io
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 import losses
 from data import (DATASETS, InputError, Parser, TrainStream, at_least, command, load_checkpoint, normalise,
-                  open_dataset, progress, save_tensors, unlabelled_slots, write_atomically)
+                  open_dataset, progress, quiet_worker, save_tensors, unlabelled_slots, write_atomically)
 from evaluate import commonest, comparison, evaluate, load_network, report, report_terms, scores, table, write_json
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
 from teacher import (TEACHERS, AttentionPool, PoolFitter, Teacher, average_precision, initialise, load_clip_pool,
@@ -51,11 +50,11 @@ def distil(args, data, teacher, pool):
     torch.manual_seed(args.seed)
     student = Student(args.student, len(data.classes))
     load_encoder(student.encoder, args.student, args.student_weights)
-    module = StudentWithHeads(student, teacher.channels if "A_v" in method.needs else None, args.seed)
-    if "A_v" in method.needs and "A_l" not in method.needs:
-        module.heads.A_l.requires_grad_(False)  # no loss reads it
-    module, net = on_device(module, args)
-    # 6e-5 on everything: the release's; biases and norms are not spared weight decay
+    module = StudentWithHeads(student, teacher.channels if "A_" in method.needs else None, args.seed)
+    for name, head in module.heads.named_children() if module.heads else ():
+        head.requires_grad_(name in method.needs)  # DistributedDataParallel wants a gradient for every parameter
+    module, net = on_device(module, args)  # module: what is trained and saved; net: the same for several processes
+    # one rate for all parameters; biases and norms are not spared weight decay
     optimizer = torch.optim.AdamW(module.parameters(), args.lr, weight_decay=0.01, fused=bool(args.gpus))
     run = Run(args, data, "student", module, optimizer, student, {"teacher": teacher, "student": student})
 
@@ -69,7 +68,8 @@ def distil(args, data, teacher, pool):
             S = net(images)  # z^S, F^S, A_v(F^S), e^S
             terms = losses_of(S, T, labels)
             loss = losses.total_loss(terms, args.term_weights)  # Eq. 10
-        norms = gradient_norms(terms, student.encoder, args) if run.reports(step) else {}
+        measured = step % args.report_every == 0 or step == args.steps - 1
+        norms = gradient_norms(terms, student.encoder, args) if measured else {}
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -85,7 +85,7 @@ def train_teacher(args, data):
     teacher, net = on_device(teacher, args)
     if args.teacher_weights == "none":
         optimizer = torch.optim.AdamW(teacher.parameters(), args.teacher_lr, weight_decay=0.01)
-    else:  # ours: the recipe torchvision and CIRKD train DeepLab with, the fresh head ten times faster
+    else:  # ours: the field's usual recipe, the fresh head ten times faster
         optimizer = torch.optim.SGD([{"params": teacher.backbone.parameters()},
                                      {"params": teacher.classifier.parameters(), "lr": 10 * args.teacher_lr}],
                                     args.teacher_lr, momentum=0.9, weight_decay=5e-4)
@@ -121,7 +121,8 @@ def fit_pool(args, data, teacher):
         terms["bce"].backward()
         optimizer.step()
         run.log(terms)
-    report_pool(fitter, teacher, args, data)
+    if args.rank == 0:
+        report_pool(fitter, teacher, args, data)
     return fitter.pool.requires_grad_(False).eval()
 
 
@@ -212,12 +213,12 @@ class Run:
         mine = [step * args.batch_size + args.rank * share + i
                 for step in range(self.step, self.steps) for i in range(share)]
         loader = DataLoader(stream, batch_size=share, sampler=mine, num_workers=args.workers,
-                            worker_init_fn=_quiet_worker, pin_memory=bool(args.gpus), generator=torch.Generator())
+                            worker_init_fn=quiet_worker, pin_memory=bool(args.gpus), generator=torch.Generator())
         if self.step == 0 and self.stage == "student":
             self.write_row(self.validate())
         self.module.train()
         self.bar = progress(loader, desc=self.stage, total=self.steps, initial=self.step, unit="step",
-                            disable=args.rank > 0 or None)
+                            disable=args.rank > 0)
         self.saved = self.began = time.monotonic()
         for images, labels in self.bar:
             # dropout and stochastic depth are a function of (seed, step), so nothing random has to be saved
@@ -230,10 +231,6 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-    def reports(self, step):
-        """Whether the terms' gradient norms are measured in this step."""
-        return step % self.args.report_every == 0 or step == self.steps - 1
-
     def log(self, terms, norms={}):
         """After a step: keep its terms; where a row of the log is due, validate if that is due too, write it, save."""
         self.step += 1
@@ -242,9 +239,9 @@ class Run:
         validation_due = self.step % self.val_every == 0 or self.step == self.steps
         if not (validation_due or self.step % self.args.log_every == 0):
             return
-        seconds = (time.monotonic() - self.began) / len(self.values)
         values = losses.all_sum(torch.stack(self.values)).double().cpu() / self.args.processes  # steps, terms
         self.check_finite(values)
+        seconds = (time.monotonic() - self.began) / len(self.values)
         miou = self.validate() if validation_due and self.network is not None else None
         self.write_row(miou, values, seconds)
         if validation_due or self.stop or time.monotonic() - self.saved > self.SAVE_SECONDS:
@@ -258,13 +255,13 @@ class Run:
     def check_finite(self, values):
         """Stop before a non-finite step reaches a checkpoint, with every term; (seed, step) identifies the batch."""
         bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
-        if not bad and not all(p.isfinite().all() for p in self.module.parameters()):
+        if not bad and not torch.stack([p.isfinite().all() for p in self.module.parameters()]).all():
             bad = [len(values) - 1]
         if bad:
             listed = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.weights, values[bad[0]].tolist()))
             step = self.step - len(values) + bad[0] + 1
             raise InputError(f"{self.stage}, step {step} of seed {self.seed}: a loss or its gradient is not finite "
-                             f"({listed}); {self.folder / 'last.pt'} is intact; lower --lr or --teacher-lr")
+                             f"({listed}); nothing of it was saved in {self.folder}; lower --lr or --teacher-lr")
 
     def write_row(self, miou=None, values=None, seconds=0.0):
         """Append a row to log.csv: means over the steps since the last one."""
@@ -279,7 +276,7 @@ class Run:
                 row |= {f"{kind}_{n}": f"{v:.6g}" for n, v in found.items()}
         if self.args.rank == 0:
             with open(self.folder / "log.csv", "a", newline="") as f:
-                csv.DictWriter(f, self.fields).writerow(row)
+                csv.DictWriter(f, self.fields, lineterminator="\n").writerow(row)
             shown = " ".join(f"{n} {v:.3f}" for n, v in weighted.items())
             if miou is not None or not sys.stderr.isatty():  # on a terminal the bar shows the terms
                 scored = f" val mIoU {miou:.2f}" if miou is not None else ""
@@ -289,19 +286,18 @@ class Run:
 
     def shorten_log(self):
         """Drop the rows of log.csv that were written after the checkpoint from which the run continues."""
-        path, kept = self.folder / "log.csv", []
+        path, rows = self.folder / "log.csv", []
         if self.step and path.exists():
-            with open(path, newline="") as f:  # a killed run may have left half a row
-                kept = [r for r in csv.DictReader(f) if None not in r.values() and int(r["step"]) <= self.step]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.fields)
-        writer.writeheader()
-        writer.writerows(kept)
-        write_atomically(path, text.getvalue().encode())
+            rows = [r for r in path.read_text().splitlines()[1:]  # a killed run may have left half a row
+                    if r.count(",") == len(self.fields) - 1 and int(r.split(",")[0]) <= self.step]
+        write_atomically(path, "".join(f"{r}\n" for r in [",".join(self.fields), *rows]).encode())
 
     def validate(self):
-        """mIoU in percent on val, at the last step on all of it, with a picture."""
+        """mIoU in percent on val, at the last step on all of it (then into results-val.json); draws a picture."""
         args, last = self.args, self.step == self.steps
+        if dist.is_initialized():  # without SyncBatchNorm, on CPUs, each process has running statistics of its own
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, 0)
         matrix = evaluate(self.network, self.data, "val", args.base, args.crop, args.device, workers=args.workers,
                           images=None if last else args.val_images, desc=f"{self.stage}: validation")
         result = scores(matrix.cpu())
@@ -321,12 +317,6 @@ class Run:
                 "step": self.step, "run_seed": self.seed, "stage_conditions": self.conditions,
                 "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()})
         self.saved = time.monotonic()
-
-
-def _quiet_worker(_):
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process saves and ends the workers
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 def experiment(args, data, stage):
@@ -390,13 +380,12 @@ def train(args):
         load_clip_pool(AttentionPool(TEACHERS[args.teacher].channels, 16), args.clip)
     aside = [] if args.method == "teacher" else \
         load_encoder(Student(args.student, len(data.classes)).encoder, args.student, args.student_weights)
-    if args.rank == 0:
-        announce(args, data, needs, given, aside)
+    announce(args, data, needs, given, aside)
 
-    teacher = pool = teacher_result = student = None
+    teacher = pool = student = None
+    given_scores = scores_of_given(given, args, data) if given else None
     if needs:
         teacher = given or train_teacher(args, data)
-        teacher_result = teacher_scores(teacher, given is not None, args, data)
     if "A_l" in needs:
         pool = clip_pool(args, teacher) if args.clip else fit_pool(args, data, teacher)
     if args.both:
@@ -404,7 +393,7 @@ def train(args):
     if args.method != "teacher":
         student = distil(args, data, teacher, pool)
     if args.rank == 0:
-        report_run(args, data, teacher, teacher_result, student)
+        report_run(args, data, teacher, given_scores, student)
 
 
 def alone(args):
@@ -417,18 +406,17 @@ def announce(args, data, needs, given, aside):
     """Print the data, the recipe and the stages before they begin."""
     print(f"{args.dataset}: {len(data.pairs['train'])} training and {len(data.pairs['val'])} validation images, "
           f"{len(data.classes)} classes; recipe {args.recipe}; seed {args.seed}; device {args.device}")
-    unlabelled = len(data.pairs.get("unlabelled", ()))
-    if unlabelled:
+    if data.pairs.get("unlabelled"):
         used = unlabelled_slots(data, args.batch_size)
-        print(f"  {unlabelled} images without labels: {used} of {args.batch_size} in a batch, for methods with A_v")
+        print(f"{len(data.pairs['unlabelled'])} images without labels: {used} of the {args.batch_size} in a batch, "
+              "for methods with A_v")
     if aside:
-        print(f"  student encoder: {args.student_weights}; not loaded: {', '.join(aside)}")
-    if needs and not given:
-        print(f"  stage 1, teacher {args.teacher}: {args.teacher_steps:,} steps")
-    if "A_l" in needs and not args.clip:
-        print(f"  stage 2, pool: {args.pool_steps:,} steps")
-    if args.method != "teacher":
-        print(f"  stage 3, student {args.student}, {'alone and ' * args.both}{args.method}: {args.steps:,} steps")
+        print(f"student encoder: {args.student_weights}; not loaded: {', '.join(aside)}")
+    stages = {f"teacher {args.teacher}": args.teacher_steps if needs and not given else 0,
+              "pool": args.pool_steps if "A_l" in needs and not args.clip else 0,
+              f"student {args.student}, alone": args.steps if args.both else 0,
+              f"student {args.student}, {args.method}": args.steps if args.method != "teacher" else 0}
+    print("stages: " + "; ".join(f"{name}: {steps:,} steps" for name, steps in stages.items() if steps), flush=True)
 
 
 def given_teacher(args, data):
@@ -455,19 +443,14 @@ def given_teacher(args, data):
     return teacher.to(args.device, memory_format=torch.channels_last).freeze()
 
 
-def teacher_scores(teacher, given, args, data):
-    """The teacher's scores on all of val, read from its folder or, where it was given, measured and printed."""
-    path = experiment(args, data, "teacher")[0] / "results-val.json"
-    if not given:
-        result = json.loads(path.read_text()) if args.rank == 0 else None
-        print_main(args, f"teacher {args.teacher}: val mIoU {result['miou']:.2f}" if result else "")
-        return result
+def scores_of_given(teacher, args, data):
+    """The scores on val of a teacher that was given, measured and printed."""
     matrix = evaluate(teacher, data, "val", args.base, args.crop, args.device, workers=args.workers).cpu()
     result = scores(matrix)
-    print_main(args, table([(f"teacher {args.teacher}", count_parameters(teacher), None, result)], data.classes))
+    print(table([(f"teacher {args.teacher}", count_parameters(teacher), None, result)], data.classes))
     if result["miou"] <= commonest(matrix):
-        print_main(args, "WARNING: this teacher is no better than always answering the commonest class: are its "
-                         "classes in this order, its pictures RGB with ImageNet's mean and deviation?")
+        print("WARNING: this teacher is no better than always answering the commonest class: are its classes in this "
+              "order, its pictures RGB with ImageNet's mean and deviation?")
     return result
 
 
@@ -493,35 +476,34 @@ def report_pool(fitter, teacher, args, data):
     some = (frequency > 0) & (frequency < 1)
     every = [c for c, f in zip(data.classes, frequency.tolist()) if f == 1]
     found = 100 * average_precision(logits, truth)[some].mean()
-    print_main(args, f"pool: mean average precision on {count} val crops {found:.1f}, class frequency alone "
+    print(f"pool: mean average precision on {count} val crops {found:.1f}, class frequency alone "
                      f"{100 * frequency[some].mean():.1f}"
                      + (f"; in every crop, so teaching nothing: {', '.join(every)}" if every else ""))
 
 
-def report_run(args, data, teacher, teacher_result, student):
+def report_run(args, data, teacher, given_scores, student):
     """Print the table of the teacher, the student alone (where its run is at hand) and this student; draw them."""
-    entries, folder = {}, experiment(args, data, "student" if student else "teacher")[0]
-    if teacher:
-        entries["teacher"] = teacher, teacher_result, experiment(args, data, "teacher")[0] / "log.csv"
+    entries = {}
+
+    def add(label, network, folder):
+        result = json.loads((folder / "results-val.json").read_text())
+        entries[label] = network, result, folder / "log.csv"
+
+    if given_scores:
+        entries["teacher"] = teacher, given_scores, None
+    elif teacher:
+        add("teacher", teacher, experiment(args, data, "teacher")[0])
     if student and args.method != "ce":
-        other, _, _, conditions, _ = experiment(alone(args), data, "student")
+        other, steps, _, conditions, _ = experiment(alone(args), data, "student")
         if (other / "results-val.json").exists() and (other / "last.pt").exists():
             network, state = load_network(other / "last.pt", args.device)
-            result = json.loads((other / "results-val.json").read_text())
-            found = state["stage_conditions"] | {"step": state["step"]}
-            if all(found.get(k) == v for k, v in (conditions | {"step": result["step"]}).items()):
-                entries["student alone"] = network, result, other / "log.csv"
+            if state["stage_conditions"] == conditions and state["step"] == steps:
+                add("student alone", network, other)
+    folder = experiment(args, data, "student" if student else "teacher")[0]
     if student:
-        label = "student alone" if args.method == "ce" else f"student {args.method}"
-        entries[label] = student, json.loads((folder / "results-val.json").read_text()), folder / "log.csv"
+        add("student alone" if args.method == "ce" else f"student {args.method}", student, folder)
         report_terms(folder, args.term_weights)
     report(folder, entries, data, args.base, args.crop, args.device)
-
-
-def print_main(args, text):
-    """Print once, however many processes there are."""
-    if args.rank == 0:
-        print(text, flush=True)
 
 
 # ---------------------------------------------------------------- recipes
@@ -673,6 +655,8 @@ def main():
     if args.gpus > 1 and "RANK" not in os.environ:
         launch(args)
     args.rank, args.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.rank:
+        sys.stdout = open(os.devnull, "w")  # one process speaks
     args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.gpus else torch.device("cpu")
     if args.gpus:
         torch.cuda.set_device(args.device)
@@ -691,7 +675,7 @@ def main():
     try:
         train(args)
     except RuntimeError as e:
-        if "DataLoader worker" in str(e):
+        if "DataLoader worker (pid" in str(e):
             raise InputError("a loader process died (out of memory?): "
                              "run the same command again with fewer --workers") from None
         raise

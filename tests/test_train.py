@@ -78,12 +78,12 @@ def test_cross_entropy_needs_no_teacher_and_is_compared_with_the_others(run, tmp
     runs = tmp_path / "runs/shapes"
     assert sorted(p.name for p in runs.iterdir()) == ["ce-mit_nano-seed0"]
     text = capsys.readouterr().out
-    assert "stage 3, student mit_nano, ce" in text and "stage 1" not in text and "stage 2" not in text
+    assert "stages: student mit_nano, ce: 3 steps\n" in text
     assert "student alone" in text and "gain of" not in text
     run("--method", "c2vkd")
     miou = {m: json.loads((runs / f"{m}-mit_nano-seed0/results-val.json").read_text())["miou"] for m in ("ce", "c2vkd")}
     gain = miou["c2vkd"] - miou["ce"]
-    assert f"gain of student c2vkd: {gain:+.2f} mIoU on val over student alone" in capsys.readouterr().out
+    assert f"gain of student c2vkd over student alone: {gain:+.2f} mIoU on val" in capsys.readouterr().out
     _, rows = evaluate.compare(runs, "val")
     assert {r["method"]: r["gain"] for r in rows} == {"ce": None, "c2vkd": pytest.approx(gain)}
 
@@ -113,8 +113,8 @@ def test_the_first_command_trains_teacher_and_both_students_and_prints_the_gain(
     runs = tmp_path / "runs/shapes"
     assert sorted(p.name for p in runs.iterdir()) == ["c2vkd-mit_nano-seed0", "ce-mit_nano-seed0", "teacher-deeplabv3_resnet10"]
     for line in ("shapes: 4 training and 2 validation images, 8 classes; recipe shapes; seed 0; device cpu",
-                 "stage 1, teacher deeplabv3_resnet10: 2 steps", "stage 2, pool: 2 steps",
-                 "stage 3, student mit_nano, alone and c2vkd: 3 steps", "gain of student c2vkd: "):
+                 "stages: teacher deeplabv3_resnet10: 2 steps; pool: 2 steps; student mit_nano, alone: 3 steps; "
+                 "student mit_nano, c2vkd: 3 steps", "gain of student c2vkd over student alone: "):
         assert line in text
     head = [line.split("  ")[0] for line in text.splitlines() if line.startswith(("teacher   ", "student alone  ", "student c2vkd  "))]
     assert head == ["teacher", "student alone", "student c2vkd"]
@@ -141,7 +141,7 @@ def test_a_given_teacher_needs_no_stage_one(run, capsys, tmp_path):
     capsys.readouterr()
     run("--method", "teacher", "--teacher-weights", str(given), "--out", "elsewhere")
     text = capsys.readouterr().out
-    assert "teacher deeplabv3_resnet10" in text and "IoU of each class" in text and "stage 1" not in text
+    assert "teacher deeplabv3_resnet10" in text and "IoU of each class" in text and "stages: teacher" not in text
     assert not (tmp_path / "elsewhere/shapes/teacher-deeplabv3_resnet10/last.pt").exists()
     with pytest.raises(InputError, match="holds deeplabv3_resnet10 .* wanted deeplabv3_mobilenet_v3_large"):
         run("--teacher-weights", str(given), "--teacher", "deeplabv3_mobilenet_v3_large", "--out", "third")
