@@ -674,11 +674,11 @@ def main():
         torch.use_deterministic_algorithms(True)
     try:
         train(args)
-    except RuntimeError as e:
-        if "DataLoader worker (pid" in str(e):
-            raise InputError("a loader process died (out of memory?): "
-                             "run the same command again with fewer --workers") from None
-        raise
+    except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: from what a dead process left half sent
+        if isinstance(e, RuntimeError) and "DataLoader worker (pid" not in str(e):
+            raise
+        raise InputError("a loader process died (out of memory?): "
+                         "run the same command again with fewer --workers") from None
     if dist.is_initialized():  # not after an error in one process, while the others wait in a collective
         dist.destroy_process_group()
 

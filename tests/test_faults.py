@@ -296,7 +296,7 @@ def test_images_without_labels_are_half_of_a_batch_of_the_feature_losses_and_pla
     mixed, plain_one = put_folder(tmp_path / "mixed", unlabelled=5), put_folder(tmp_path / "plain")
     few = ("--batch-size", 4, "--teacher-steps", 2, "--pool-steps", 2, "--steps", 3)
     run(options(mixed, tmp_path / "whole", *few))
-    assert "5 images without labels: 1 of 4 in a batch, for methods with A_v" in capsys.readouterr().out
+    assert "5 images without labels: 1 of the 4 in a batch, for methods with A_v" in capsys.readouterr().out
     run(options(mixed, tmp_path / "whole", *few, "--method", "ce"))
     mixed_seen, seen = dict(seen), seen.clear() or seen
     ignored = {stage: {tuple((labels == data.IGNORE).all((1, 2)).tolist()) for _, labels in steps.values()}
