@@ -72,7 +72,8 @@ def predict(model, image, size, window=None, stride=None, flip=False, batch=8):
     h, w = image.shape[2:]
     win_h, win_w = (window, window) if window else (max(h, 32), max(w, 32))
     image = F.pad(image, (0, max(0, win_w - w), 0, max(0, win_h - h)))
-    # unstated: how far the paper's 512 windows overlap; here a third
+    # differs: paper 512 windows, overlap not stated, release one centre crop of a resized image with resized labels,
+    # here windows that overlap by a third, at the labels' own size
     tops, lefts = (_starts(side, win, min(stride or 2 * win // 3, win))
                    for side, win in zip(image.shape[2:], (win_h, win_w)))
     corners = [(y, x) for y in tops for x in lefts]

@@ -113,8 +113,8 @@ def patch_loss(V_S, V_T):
         || X X^T - Y Y^T ||^2 = 1/2 [ <D^T D, Z^T Z> + tr((Z^T D)^2) ],
     which needs C x C matrices instead of N x N. It does not cancel where X is close to Y row by row.
     """
-    # differs: paper and release have 1/(C-1), here none (the term would be (C-1)^2 times smaller). M holds nearly the
-    # cosines: centred rows are no longer of unit length, M_ii is 0.3-0.7 for features behind a ReLU
+    # differs: paper and release have 1/(C-1), here none (the term would be (C-1)^2 times smaller). M does not quite
+    # hold cosines: centred rows are no longer of unit length, M_ii is 0.3-0.7 for features behind a ReLU
     with torch.autocast(V_S.device.type, enabled=False):
         X, Y = patch_rows(V_S), patch_rows(V_T)
         (N, C), processes = X.shape, process_count()

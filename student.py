@@ -152,6 +152,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """SegFormer's all-MLP head: each stage to `width` channels, all to the first stage's size, fuse, classify."""
+    # differs: paper and release put an FPN behind PVT, here all students have this head
 
     def __init__(self, dims, width, classes):
         super().__init__()

@@ -28,9 +28,9 @@ EMBEDDING = 512  # coordinates of e^T and e^S: CLIP RN101's
 class Teacher(nn.Module):
     """(B,3,H,W) -> Outputs: logits z^T (B,K,h,w), encoder feature F^T (B,C_T,h,w), before_classifier (B,D,h,w).
 
-    h, w: H/8, W/8 with a ResNet, H/16, W/16 with MobileNetV3. name: a row of TEACHERS. The paper's teacher is
-    DeepLabV3+; torchvision has DeepLabV3, without the low-level branch.
+    h, w: H/8, W/8 with a ResNet, H/16, W/16 with MobileNetV3. name: a row of TEACHERS.
     """
+    # differs: paper and release DeepLabV3+ of stride 16, here torchvision's DeepLabV3, without the low-level branch
 
     def __init__(self, name, classes):
         super().__init__()

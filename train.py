@@ -351,7 +351,7 @@ def experiment(args, data, stage):
 
 
 def agreed(flag):
-    """What process 0 found, told to all: on a network file system the others may not see a new file yet."""
+    """What process 0 found, told to all, so that none waits for the others where a network file system lags."""
     found = [flag]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
