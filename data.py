@@ -114,7 +114,7 @@ def open_dataset(name, root=None, missing_ok=False):
     data = DataSet(name, *layouts[name](root))
     for split in ("train", "val"):
         if not data.pairs[split]:
-            raise InputError(f"{root}: no image of the {split} split found; README, 'Data', shows the layout of {name}")
+            raise InputError(f"{root}: no image of the {split} split found; README shows the layout of {name}")
     if not missing_ok:
         for path in (path for pairs in data.pairs.values() for pair in pairs for path in pair if path):
             if not path.is_file():

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, Parser, at_least, command, load_checkpoint,
                   normalise, open_dataset, progress, quiet_worker, resize_short_side, spread, write_atomically)
+from losses import METHODS
 from student import VARIANTS, Student, count_parameters
 from teacher import TEACHERS, Teacher
 
@@ -401,11 +402,16 @@ def compare(folder, split):
 
 
 def _claims(runs, gains):
-    """Lines that hold c2vkd against the logit baseline that gains most on val, and against FitNet, seed by seed."""
-    ours, on_val, lines = gains.get("c2vkd", {}), {}, []
+    """Lines that hold c2vkd against the baseline without A_v that gains most on val, and against all methods with A_v."""
+    ours, on_val, lines, hints = gains.get("c2vkd", {}), {}, [], []
     for name, gain in gains.items():
-        shared = gain.keys() & ours.keys()
-        if shared and runs[name][min(shared)]["method"] not in ("ce", "c2vkd", "vlfd", "fitnet", "pdd_fitnet"):
+        shared, method = gain.keys() & ours.keys(), next(iter(runs[name].values()))["method"]
+        if not shared or method in ("ce", "c2vkd"):
+            continue
+        if method in METHODS and "A_v" in METHODS[method].needs:
+            lead = [ours[s] - gain[s] for s in shared]
+            hints.append(f"gain(c2vkd) - gain({name}) = " + "   ".join(_signed(lead)))
+        else:
             on_val[name] = statistics.mean(runs[name][s]["val"] - runs["ce"][s]["val"] for s in shared)
     if on_val:
         best = max(on_val, key=on_val.get)  # never chosen on test
@@ -417,9 +423,7 @@ def _claims(runs, gains):
             f"undefined: the interval of the gain of {best} is not above 0"
         lines += [f"gain(c2vkd) - 2 gain({best}) = " + "   ".join(_signed(claim)) + lost,
                   f"gain(c2vkd) / gain({best}): {ratio}"]
-    if lead := [ours[s] - gain for s, gain in gains.get("fitnet", {}).items() if s in ours]:
-        lines.append("gain(c2vkd) - gain(fitnet) = " + "   ".join(_signed(lead)))
-    return "\n".join(lines)
+    return "\n".join(lines + hints)
 
 
 def report(folder, entries, data, base, window, device):
