@@ -402,7 +402,7 @@ def compare(folder, split):
 
 
 def _claims(runs, gains):
-    """Lines that hold c2vkd against the baseline without A_v that gains most on val, and against all methods with A_v."""
+    """Lines that hold c2vkd against the best baseline without A_v, chosen on val, and against all methods with A_v."""
     ours, on_val, lines, hints = gains.get("c2vkd", {}), {}, [], []
     for name, gain in gains.items():
         shared, method = gain.keys() & ours.keys(), next(iter(runs[name].values()))["method"]
