@@ -522,6 +522,7 @@ def command(main):
         message = f"error: {e.filename or 'output'}: {e.strerror}; check the path, its permissions and the free space"
     except KeyboardInterrupt as e:
         message, code = str(e) or "interrupted; run the same command again to continue", 130
+    sys.stdout.flush()  # so that the message comes last, where both go to one file
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
