@@ -550,9 +550,8 @@ def progress(iterable=None, disable=False, **kwargs):
 
 
 def quiet_worker(_):
-    """For loader processes: a signal to the whole group is the main process's, which saves and ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """For loader processes: Ctrl-C reaches the whole group, but is the main process's, which saves and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # not SIGTERM, with which the main process ends them
 
 
 def write_atomically(path, content):

@@ -677,6 +677,8 @@ def main():
     except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: from what a dead process left half sent
         if isinstance(e, RuntimeError) and "DataLoader worker (pid" not in str(e):
             raise
+        if Run.stop:  # the signal reached them, too
+            raise KeyboardInterrupt from None
         raise InputError("a loader process died (out of memory?): "
                          "run the same command again with fewer --workers") from None
     if dist.is_initialized():  # not after an error in one process, while the others wait in a collective
