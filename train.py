@@ -498,7 +498,7 @@ def report_run(args, data, teacher, given_scores, student):
         if (other / "results-val.json").exists() and (other / "last.pt").exists():
             network, state = load_network(other / "last.pt", args.device)
             if state["stage_conditions"] == conditions and state["step"] == steps:
-                add("student alone", network, other)
+                add("student alone", network.to(memory_format=torch.channels_last), other)
     folder = experiment(args, data, "student" if student else "teacher")[0]
     if student:
         add("student alone" if args.method == "ce" else f"student {args.method}", student, folder)
