@@ -451,13 +451,13 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_download(tmp_path, serve
 def test_a_killed_unpacking_leaves_nothing_that_looks_whole_and_is_done_again(tmp_path, serve, monkeypatch):
     count = serve(packed(tmp_path))
 
-    def killed(archive, target):
+    def killed(archive, target, **_):
         (target / "VOCdevkit" / "VOC2012").mkdir(parents=True)
         (target / "VOCdevkit" / "half").touch()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "extract_archive", killed)
+        patch.setattr(data.shutil, "unpack_archive", killed)
         with pytest.raises(KeyboardInterrupt):
             open_dataset("voc", tmp_path / "voc")
     assert not (tmp_path / "voc" / "VOCdevkit").exists()
