@@ -268,7 +268,7 @@ def chart(curves, xlabel, ylabel, size=(800, 480)):
         corners = [at(*point) for point in points]
         draw.line(corners, fill=colour, width=3)
         for corner in corners:
-            draw.circle(corner, 5, fill=colour)
+            draw.ellipse((corner[0] - 5, corner[1] - 5, corner[0] + 5, corner[1] + 5), fill=colour)
         draw.line((x, 18, x + 24, 18), fill=colour, width=5)
         draw.text((x + 32, 18), name, fill="black", font=FONT, anchor="lm")
         x += 60 + FONT.getlength(name)
@@ -294,7 +294,8 @@ def gain_chart(rows):
             colour = COLOURS[row["method"] == "c2vkd"]
             if row["low"] is not None:
                 draw.line((at(row["low"], y), at(row["high"], y)), fill=colour, width=4)
-            draw.circle(at(row["gain"], y), 7, fill=colour)
+            x, y = at(row["gain"], y)
+            draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=colour)
     return sheet
 
 
