@@ -270,8 +270,7 @@ def unlabelled_slots(data, batch_size):
     if not unlabelled:
         return 0
     # unstated: images without labels are ours: half of each batch, or their share of all images where that is less
-    slots = min(batch_size // 2, batch_size * unlabelled // (labelled + unlabelled))
-    return min(max(1, slots), batch_size - 1)
+    return max(1, min(batch_size // 2, batch_size * unlabelled // (labelled + unlabelled)))
 
 
 class EvalImages(torch.utils.data.Dataset):
@@ -302,14 +301,9 @@ def spread(total, count):
     return [i * total // count for i in range(count)]
 
 
-@lru_cache
-def _mean_std(device):
-    return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
-
-
 def normalise(images):
     """uint8 RGB (B,3,H,W) -> float32, ImageNet mean 0 and deviation 1, on the images' device."""
-    mean, std = _mean_std(images.device)
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
 
@@ -389,23 +383,19 @@ def _outline(kind, rng, size):
 def download(name, root):
     """Fetch, verify and unpack DOWNLOADS[name] under `root`, all beside the target and renamed when complete.
 
-    A wrong hash (a truncated or altered transfer) deletes the file, says so and tries once more.
-    Raises InputError when it cannot be had; nothing partial is left.
+    Raises InputError when it cannot be had or its hash is wrong; nothing partial is left.
     """
     url, algorithm, digest, folder = DOWNLOADS[name]
     root.mkdir(parents=True, exist_ok=True)
     archive = root / Path(url).name
-    for _ in range(2):
-        if not archive.exists():
-            _fetch(url, archive)
-        with open(archive, "rb") as f:
-            found = hashlib.file_digest(f, algorithm).hexdigest()
-        if found == digest:
-            break
+    if not archive.exists():
+        _fetch(url, archive)
+    with open(archive, "rb") as f:
+        found = hashlib.file_digest(f, algorithm).hexdigest()
+    if found != digest:  # a truncated or altered transfer
         archive.unlink()
-        print(f"{archive}: {algorithm} {found} instead of {digest}: deleted")
-    else:
-        raise InputError(f"{url}: the {algorithm} was wrong twice; get it elsewhere and unpack it in {root}")
+        raise InputError(f"{archive}: {algorithm} {found} instead of {digest}: deleted; run the same command again, or "
+                         f"get {url} elsewhere and unpack it in {root}")
     print(f"unpacking {archive}", flush=True)
     part = root / "unpacking.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -590,6 +580,26 @@ def load_checkpoint(path, keys=()):
     if missing:
         raise InputError(f"{path}: not a checkpoint of this project: no {', '.join(missing)} in it; give a last.pt")
     return state
+
+
+def load_strictly(module, state, source, wanted, remedy, aside=()):
+    """Fill `module` from a state dict of its own names and shapes; what begins with one of `aside` is left aside.
+
+    Returns the names left aside. Raises InputError, that `source` does not hold what is `wanted`, before anything is
+    changed.
+    """
+    left = sorted(k for k in state if k.startswith(tuple(aside)))
+    own = module.state_dict()
+    # old files lack num_batches_tracked
+    state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | \
+        {k: v for k, v in state.items() if k not in left}
+    bad = [k for k in own if k not in state or state[k].shape != own[k].shape] + sorted(set(state) - set(own))
+    if bad:
+        there, here = (tuple(d[bad[0]].shape) if bad[0] in d else "nothing" for d in (state, own))
+        raise InputError(f"{source}: not {wanted}: {len(bad)} tensors differ, the first is {bad[0]} (there {there}, "
+                         f"here {here}); {remedy}")
+    module.load_state_dict(state)
+    return left
 
 
 def read_weights(source, option):

@@ -26,7 +26,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 
 from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, Parser, at_least, command, load_checkpoint,
-                  normalise, open_dataset, progress, quiet_worker, resize_short_side, spread, write_atomically)
+                  load_strictly, normalise, open_dataset, progress, quiet_worker, resize_short_side, spread,
+                  write_atomically)
 from losses import METHODS
 from student import VARIANTS, Student, count_parameters
 from teacher import TEACHERS, Teacher
@@ -101,30 +102,25 @@ def _starts(side, window, stride):
     return list(range(0, side - window, stride)) + [side - window]
 
 
-def class_map(logits, size, group=None):
+def class_map(logits, size):
     """argmax (H,W) int64 over the classes of logits (K,h,w) resized bilinearly to `size`.
 
-    `group` classes are resized at a time (default: up to 128 MB), because K x H x W numbers of a large picture
-    are gigabytes. Ties go to the lower class, as in argmax.
+    Class by class, because K x H x W numbers of a large picture are gigabytes. Ties go to the lower class.
     """
-    group = group or max(1, 2 ** 25 // (size[0] * size[1]))
-    best = classes = None
-    for first in range(0, len(logits), group):
-        # each class as a picture of its own: how torch rounds depends on the number of channels
-        value, index = F.interpolate(logits[first:first + group, None], size, mode="bilinear")[:, 0].max(0)
-        if first == 0:
-            best, classes = value, index
-        else:
-            classes = torch.where(value > best, index + first, classes)
-            best = torch.maximum(value, best)
+    best = torch.full(size, -torch.inf, device=logits.device)
+    classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    for k, z in enumerate(logits):
+        value = F.interpolate(z[None, None], size, mode="bilinear")[0, 0]
+        classes = torch.where(value > best, k, classes)
+        best = torch.maximum(value, best)
     return classes
 
 
 def evaluate(model, data, split, base, window, device, stride=None, flip=False, batch=8, images=None,
              desc="evaluating", workers=0):
-    """Confusion matrix (K,K) of `model` on `images` (default: all) images of a split, decoded by `workers` processes.
+    """Confusion matrix (K,K) of `model`, in eval mode, on `images` (default: all) images of a split.
 
-    With several processes each takes every n-th image, once, and the counts are added up.
+    `workers` processes decode. With several processes each takes every n-th image, once; the counts are added up.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     dataset = EvalImages(data, split, base, spread(len(data.pairs[split]), images)[rank::processes])
@@ -132,13 +128,10 @@ def evaluate(model, data, split, base, window, device, stride=None, flip=False, 
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=quiet_worker,
                         generator=torch.Generator())
     matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64, device=device)
-    was_training = model.training
-    model.eval()
     for image, label in progress(loader, desc=desc, unit="images", disable=rank > 0, leave=False):
         label = label.to(device)
         prediction = predict(model, image.to(device), label.shape, window, stride, flip, batch)
         matrix += confusion_matrix(prediction, label, len(data.classes))
-    model.train(was_training)
     if processes > 1:
         dist.all_reduce(matrix)
     return matrix
@@ -193,7 +186,7 @@ def overlay(image, prediction, classes, palette):
 def comparison(data, split, base, window, models, device, images=4):
     """Picture to project: a row for each of `images` images spread over the split, above a legend.
 
-    Columns: image | label | one for each network in `models` (name -> network; None is left out), in class colours.
+    Columns: image | label | one for each network in `models` (name -> network in eval mode; None is left out).
     """
     models = {name: model for name, model in models.items() if model is not None}
     rows, present = [], set()
@@ -201,9 +194,7 @@ def comparison(data, split, base, window, models, device, images=4):
         image, label = EvalImages(data, split, base, [index])[0]
         maps = [label]
         for model in models.values():
-            was_training = model.training
-            maps.append(predict(model.eval(), image.to(device), label.shape, window).cpu())
-            model.train(was_training)
+            maps.append(predict(model, image.to(device), label.shape, window).cpu())
         rows.append([Image.fromarray(image.permute(1, 2, 0).numpy()), *(paint(m, data.palette) for m in maps)])
         present.update(*(m.unique().tolist() for m in maps))
     width = min(max(256, *(row[0].width for row in rows)), 512)
@@ -234,68 +225,63 @@ def _ticks(low, high):
     return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
-def _axes(size, x_names, y_names, xlabel, left, top):
-    """White picture with grid lines and their names (position -> str, from left or bottom to right or top).
-
-    Returns the picture and the function from (x, y) to its pixels.
-    """
-    (width, height), (x0, *_, x1), (y0, *_, y1) = size, x_names, y_names
-    right, bottom = width - 30, height - 60
+def chart(curves, xlabel, ylabel, width=800, height=480):
+    """Line chart (PIL) of curves: name -> [(x, y), ...], each with at least one point."""
+    xs, ys = (_ticks(min(values), max(values)) for values in zip(*itertools.chain(*curves.values())))
+    left, right, top, bottom = 60, width - 30, 70, height - 60
 
     def at(x, y):
-        return left + (right - left) * (x - x0) / (x1 - x0), bottom - (bottom - top) * (y - y0) / (y1 - y0)
+        return left + (right - left) * (x - xs[0]) / (xs[-1] - xs[0]), \
+            bottom - (bottom - top) * (y - ys[0]) / (ys[-1] - ys[0])
 
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    for x, name in x_names.items():
-        draw.line((at(x, y0), at(x, y1)), fill="lightgrey")
-        draw.text((at(x, y0)[0], bottom + 6), name, fill="black", font=FONT, anchor="ma")
-    for y, name in y_names.items():
-        draw.line((at(x0, y), at(x1, y)), fill="lightgrey")
-        draw.text((left - 8, at(x0, y)[1]), name, fill="black", font=FONT, anchor="rm")
+    for x in xs:
+        draw.line((at(x, ys[0]), at(x, ys[-1])), fill="lightgrey")
+        draw.text((at(x, ys[0])[0], bottom + 6), f"{x:g}", fill="black", font=FONT, anchor="ma")
+    for y in ys:
+        draw.line((at(xs[0], y), at(xs[-1], y)), fill="lightgrey")
+        draw.text((left - 8, at(xs[0], y)[1]), f"{y:g}", fill="black", font=FONT, anchor="rm")
     draw.text((right, height - 6), xlabel, fill="black", font=FONT, anchor="rd")
-    return sheet, at
-
-
-def chart(curves, xlabel, ylabel, size=(800, 480)):
-    """Line chart (PIL) of curves: name -> [(x, y), ...], each with at least one point."""
-    xs, ys = ({tick: f"{tick:g}" for tick in _ticks(min(values), max(values))}
-              for values in zip(*itertools.chain(*curves.values())))
-    sheet, at = _axes(size, xs, ys, xlabel, left=60, top=70)
-    draw, x = ImageDraw.Draw(sheet), 60
-    draw.text((8, 58), ylabel, fill="black", font=FONT, anchor="ld")
+    draw.text((8, top - 12), ylabel, fill="black", font=FONT, anchor="ld")
+    x = left
     for (name, points), colour in zip(curves.items(), itertools.cycle(COLOURS)):
         corners = [at(*point) for point in points]
         draw.line(corners, fill=colour, width=3)
-        for corner in corners:
-            draw.ellipse((corner[0] - 5, corner[1] - 5, corner[0] + 5, corner[1] + 5), fill=colour)
+        for u, v in corners:
+            draw.ellipse((u - 5, v - 5, u + 5, v + 5), fill=colour)
         draw.line((x, 18, x + 24, 18), fill=colour, width=5)
         draw.text((x + 32, 18), name, fill="black", font=FONT, anchor="lm")
         x += 60 + FONT.getlength(name)
     return sheet
 
 
-def gain_chart(rows):
-    """Picture (PIL) of the rows of `compare`: a method's gain over `ce` as a dot, its 95% interval as a line."""
-    lines = []  # (text, a method's row or, under the group's name, None)
-    for group, members in itertools.groupby(rows, lambda r: f"{r['group']}: {r['split']}, {r['steps']} steps"):
-        lines += [(group, None), *((r["method"], r) for r in members if r["gain"] is not None)]
-    ends = [0, *(v for _, row in lines if row for v in (row["gain"], row["low"], row["high"]) if v is not None)]
-    xs = {tick: f"{tick:+g}" if tick else "0" for tick in _ticks(min(ends), max(ends))}
-    ys = {len(lines): "", **{i: text if row else "" for i, (text, row) in enumerate(lines)}, -1: ""}
-    sheet, at = _axes((800, 30 * len(lines) + 100), xs, ys, left=180, top=10,
-                      xlabel="gain over ce in points of mIoU; line: 95% interval, if there are several seeds")
-    draw = ImageDraw.Draw(sheet)
-    draw.line((at(0, -1), at(0, len(lines))), fill="black", width=2)
-    for y, (text, row) in enumerate(lines):
-        if row is None:
-            draw.text((8, at(0, y)[1]), text, fill="black", font=FONT, anchor="lm", stroke_width=4, stroke_fill="white")
-        else:
-            colour = COLOURS[row["method"] == "c2vkd"]
+def gain_chart(rows, width=800):
+    """Picture (PIL) of the rows of `compare`: a method's gain over `ce` as a bar, its 95% interval as a line."""
+    rows = [r for r in rows if r["gain"] is not None]
+    ends = [0, 1, *(v for r in rows for v in (r["gain"], r["low"], r["high"]) if v is not None)]
+
+    def at(gain):
+        return 170 + (width - 270) * (gain - min(ends)) / (max(ends) - min(ends))
+
+    groups = itertools.groupby(rows, lambda r: f"{r['group']}: {r['split']}, {r['steps']} steps")
+    groups = [(name, list(members)) for name, members in groups]
+    sheet = Image.new("RGB", (width, 60 + 40 * len(groups) + 30 * len(rows)), "white")
+    draw, y = ImageDraw.Draw(sheet), -10
+    for name, members in groups:
+        y += 40
+        draw.text((8, y), name, fill="black", font=FONT, anchor="lm")
+        for row in members:
+            y += 30
+            first, last = sorted((at(0), at(row["gain"])))
+            draw.rectangle((first, y - 9, last, y + 9), fill=COLOURS[row["method"] == "c2vkd"])
             if row["low"] is not None:
-                draw.line((at(row["low"], y), at(row["high"], y)), fill=colour, width=4)
-            x, y = at(row["gain"], y)
-            draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=colour)
+                draw.line((at(row["low"]), y, at(row["high"]), y), fill="black", width=3)
+            draw.text((160, y), row["method"], fill="black", font=FONT, anchor="rm")
+            draw.text((width - 8, y), f"{row['gain']:+.1f}", fill="black", font=FONT, anchor="rm")
+    draw.line((at(0), 50, at(0), y + 12), fill="black", width=2)
+    draw.text((8, y + 40), "bar: gain over ce, points of mIoU; line: its 95% interval, if there are several seeds",
+              fill="black", font=FONT, anchor="lm")
     return sheet
 
 
@@ -340,20 +326,15 @@ def read_runs(folder, split):
         name = result.get("label") or result["method"]
         if result["seed"] in runs.setdefault(name, {}):
             raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
-        runs[name][result["seed"]] = result | {"val": _val_miou(path, result)}
+        val = path.with_name("results-val.json")
+        on_val = json.loads(val.read_text()) if val.exists() else {}
+        if on_val.get("step") != result["step"]:
+            raise InputError(f"{val}: missing or of another step than {path.name}, and the best baseline is chosen on "
+                             "val; run evaluate.py on the last.pt beside it")
+        runs[name][result["seed"]] = result | {"val": on_val["miou"]}
     if not runs:
         raise InputError(f"{folder}: no results-{split}.json below it; run train.py, or evaluate.py --split {split}")
     return runs
-
-
-def _val_miou(path, result):
-    """mIoU on val, at the same step, of the run whose results lie at `path`."""
-    val = path.with_name("results-val.json")
-    found = json.loads(val.read_text()) if val.exists() else {}
-    if found.get("step") != result["step"]:
-        raise InputError(f"{val}: missing or of another step than {path.name}, and the best baseline is chosen on val; "
-                         "run evaluate.py on the last.pt beside it")
-    return found["miou"]
 
 
 # two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom
@@ -485,15 +466,18 @@ def load_network(path, device="cpu"):
         model = Teacher(name, len(state["classes"]))
     else:
         raise InputError(f"{path}: holds a network called {name!r}, which this version does not know")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        raise InputError(f"{path}: its tensors do not fit {name} ({str(e).splitlines()[1].strip()[:100]})") from None
+    load_strictly(model, weights, path, name, "it was written by another version or altered: train again")
     return model.to(device).eval(), state
 
 
 def write_json(path, value):
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_scores(folder, split, result, state):
+    """results-SPLIT.json, which `compare` reads: `scores` and what it has to know of their network."""
+    write_json(folder / f"results-{split}.json",
+               result | {k: state.get(k) for k in ("label", "method", "seed", "conditions", "classes", "step")})
 
 
 # ---------------------------------------------------------------- commands
@@ -513,8 +497,7 @@ def _evaluate_checkpoint(args, model, state):
     # only the standard protocol on the run's own data is compared
     own = data.name == state["dataset"] and (not args.data or os.path.abspath(args.data) == state.get("data"))
     if own and window == state["window"] and not (args.stride or args.flip):
-        write_json(Path(args.checkpoint).with_name(f"results-{args.split}.json"),
-                   result | {k: state.get(k) for k in ("label", "method", "seed", "conditions", "classes", "step")})
+        write_scores(Path(args.checkpoint).parent, args.split, result, state)
     if args.pictures:
         Path(args.pictures).mkdir(parents=True, exist_ok=True)
         path = Path(args.pictures) / f"{args.split}.png"
@@ -615,14 +598,12 @@ def main():
     how.add_argument("--workers", type=at_least(0), default=8 if gpu else 0, metavar="N",
                      help="processes that decode images (default 8 with a GPU, else 0)")
     how.add_argument("--pictures", metavar="DIR", help="where pictures go")
-    how.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
+    args.device = torch.device("cuda" if gpu else "cpu")
     if args.compare:
         return _compare(args)
     if not args.checkpoint:
         parser.error("--checkpoint FILE or --compare DIR is needed")
-    if args.device != "cpu" and not gpu:
-        raise InputError(f"--device {args.device}: no such device found; use --device cpu")
     model, state = load_network(args.checkpoint, args.device)
     act = _export if args.export else _overlays if args.image else _evaluate_checkpoint
     act(args, model, state)

@@ -1,26 +1,25 @@
 """The C2VKD objective (arXiv 2310.07265), equation by equation, then the methods it is compared with.
 
-Tensors in, unweighted scalars out (`total_loss` weights them). Student tensors carry gradients, teacher tensors do not.
+Tensors in, unweighted scalars out (`total_loss` weights them); the caller keeps gradients away from the teacher's.
 
-    paper     here              meaning                                                    shape
-    --------  ----------------  ---------------------------------------------------------  --------------
-    x, y      images, labels    picture, label map (255 = ignore)                          B,3,H,W / B,H,W
-    z^S, z^T  S.logits, ...     logits of student and teacher                              B,K,h,w
-    F^S, F^T  S.feature, ...    last encoder feature, C_S or C_T channels                  B,C,h,w
-    A_v(F^S)  S.projected       the student's feature in the teacher's C_T channels        B,C_T,h,w
-    e^S, e^T  S.embedding, ...  visual-linguistic embeddings A_l(F^S) and P(F^T)           B,512
-    V^S, V^T  V_S, V_T          A_v(F^S) and F^T, resized bilinearly to one grid           B,C_T,h,w
-    N         N                 number of patches in the batch, B h w of V
-    M         M_S, M_T          affinity of all patches of the batch                       N,N
-    p_t, p_nt log_p_t, ...      probability of the label's class, of all others together   B,H,W
-    m         m_S, m_T          margin: the logit of p_t, so p_t = sigmoid(m)              B,H,W
-    q         log_q_t, ...      the teacher's pair (p_t, p_nt) mixed with the label's      B,H,W
+    paper     here              meaning                                                         shape
+    --------  ----------------  --------------------------------------------------------------  -------------
+    y         labels            label map, 255 = ignore                                         B,H,W
+    z^S, z^T  S.logits, ...     logits of student and teacher                                   B,K,h,w
+    F^S, F^T  S.feature, ...    last encoder feature, of C_S or C_T channels                    B,C,h,w
+    A_v(F^S)  S.projected       F^S in C_T channels, by a 1x1 convolution                       B,C_T,h,w
+    e^S, e^T  S.embedding, ...  A_l(F^S): global mean, 1x1 convolution; P(F^T): attention pool  B,512
+    V^S, V^T  V_S, V_T          A_v(F^S) and F^T, resized bilinearly to one grid                B,C_T,h,w
+    N         N                 patches, the positions of V in all images of the batch: B h w
+    M         M_S, M_T          affinity of all patches of the batch                            N,N
+    p_t, p_nt log_p_t, ...      probability of the label's class, of all others together        B,H,W
+    m         m_S, m_T          margin: the logit of p_t, so p_t = sigmoid(m)                   B,H,W
+    q         log_q_t, ...      the teacher's pair (p_t, p_nt) mixed with the label's (1, 0)    B,H,W
 
-S, T: the two networks' Outputs; K classes; H,W: size of the labels; h,w: the tensor's own grid. Every KL divergence is
-summed over its distribution (channels, coordinates, the pair) and averaged over positions. `kl` is its direction,
-for Eq. 3, 4 and 9 alike: "forward" is KL(teacher || student), "reverse" is KL(student || teacher). Everything is at
-least float32 under autocast. Where several processes share a batch in equal parts, the sums of Eq. 6-7 and 9 run over
-all of them; Eq. 3 and 4 are plain means, which DistributedDataParallel's averaging of gradients already gives.
+S, T: the two networks' Outputs; K classes; H,W: size of the labels; h,w: the tensor's own grid. C2VKD's divergences are
+summed over their distribution (channels, coordinates, the pair) and averaged over everything else; `kl` is their
+direction: "forward" is KL(teacher || student), "reverse" is KL(student || teacher). Everything is at least float32.
+Comments that begin with "differs" or "unstated" are where paper, the authors' release of code and this file part.
 """
 import math
 from collections.abc import Callable
@@ -31,16 +30,16 @@ import torch.distributed as distributed
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = 255  # equals data.IGNORE; repeated so that this file needs no other file of the project
+IGNORE = 255  # data.IGNORE
 
 
 class Outputs(NamedTuple):
-    """What a network hands to the losses; the names are those of the table above."""
-    logits: torch.Tensor  # z: B,K,h,w
-    feature: torch.Tensor  # F: B,C,h,w
-    before_classifier: torch.Tensor  # the map that the last 1x1 convolution turns into logits: B,C,h,w
-    projected: torch.Tensor | None = None  # A_v(F^S): B,C_T,h,w (student)
-    embedding: torch.Tensor | None = None  # e: B,512
+    """What a network hands to the losses, by the table above; None is what the method does not need."""
+    logits: torch.Tensor  # z
+    feature: torch.Tensor  # F
+    before_classifier: torch.Tensor  # B,C,h,w: the map that the last 1x1 convolution turns into logits
+    projected: torch.Tensor | None = None  # A_v(F^S)
+    embedding: torch.Tensor | None = None  # e
 
 
 # ---------------------------------------------------------------- Eq. 10
@@ -61,41 +60,32 @@ def c2vkd(S, T, labels, kl="forward"):
 
 def divergence(log_S, log_T, dim, kl):
     """KL(teacher || student) if kl is "forward", KL(student || teacher) if "reverse", summed over `dim`."""
-    # differs: paper writes KL(student, teacher), release computes KL(teacher || student), here the latter by default
+    # differs: paper writes KL(student || teacher), release calls F.kl_div(student, teacher), which computes
+    # KL(teacher || student), here the latter by default
     log_a, log_b = {"forward": (log_T, log_S), "reverse": (log_S, log_T)}[kl]  # KL(a || b)
     return (log_a.exp() * (log_a - log_b)).sum(dim)
-
-
-def log_probabilities(x):
-    """log softmax over dimension 1, in float32."""
-    return F.log_softmax(at_least_float32(x), dim=1)
 
 
 # ---------------------------------------------------------------- VLFD, Eq. 3-7
 
 def visual_maps(S, T):
     """V^S, V^T (B,C_T,h,w): A_v(F^S) and F^T on one grid."""
-    # differs: paper not stated, release 32x32, here twice F^S's grid and at most F^T's, which is 32x32 for crops of 512
+    # differs: paper states none, release 32x32, here twice F^S's grid, at most F^T's: 32x32 for the published students
+    # at crop 512
     grid = [min(2 * s, t) for s, t in zip(S.feature.shape[2:], T.feature.shape[2:])]
     return resize(S.projected, grid), resize(T.feature, grid)
 
 
 def linguistic_loss(e_S, e_T, kl="forward"):
-    """Eq. 3: L_lc = 1/B sum_b KL over the 512 coordinates of softmax(e^S_b) and softmax(e^T_b), temperature 1.
-
-    e_S, e_T: (B,512). Summed over coordinates, averaged over images.
-    """
-    # differs: paper not stated, release averages over the coordinates too (512 times smaller), here a true KL
-    return divergence(log_probabilities(e_S), log_probabilities(e_T), dim=1, kl=kl).mean()
+    """Eq. 3: L_lc = 1/B sum_b KL between softmax(e^S_b) and softmax(e^T_b) over the 512 coordinates; (B,512) each."""
+    # differs: paper states no reduction, release averages over the coordinates too (512 times smaller), here a true KL
+    return divergence(log_softmax(e_S), log_softmax(e_T), dim=1, kl=kl).mean()
 
 
 def global_visual_loss(V_S, V_T, kl="forward"):
-    """Eq. 4: L_gb = 1/(B h w) sum_p KL over the C channels of softmax(V^S_p) and softmax(V^T_p), temperature 1.
-
-    V_S, V_T: (B,C,h,w). Summed over channels, averaged over images and positions p.
-    """
-    # differs: paper not stated, release averages over the channels too (C times smaller), here a true KL
-    return divergence(log_probabilities(V_S), log_probabilities(V_T), dim=1, kl=kl).mean()
+    """Eq. 4: L_gb = 1/(B h w) sum_p KL between softmax(V^S_p) and softmax(V^T_p) over the C channels; p: positions."""
+    # differs: paper states no reduction, release averages over the channels too (C times smaller), here a true KL
+    return divergence(log_softmax(V_S), log_softmax(V_T), dim=1, kl=kl).mean()
 
 
 def patch_rows(V):
@@ -106,25 +96,19 @@ def patch_rows(V):
 
 
 def patch_loss(V_S, V_T):
-    """Eq. 6-7: L_pc = 1/N^2 sum_ij (M^S_ij - M^T_ij)^2, M = X X^T / (C-1) of the rows of Eq. 5. V_S, V_T: (B,C,h,w).
+    """Eq. 6-7: L_pc = 1/N^2 sum_ij (M^S_ij - M^T_ij)^2 over all pairs of patches of the batch, across images too.
 
-    Averaged over all N^2 pairs of patches of the batch, pairs across images included. Here M = X X^T, see below. With
-    X, Y the rows of student and teacher, D = X - Y and Z = X + Y: M^S - M^T = 1/2 (D Z^T + Z D^T), so that exactly
-        || X X^T - Y Y^T ||^2 = 1/2 [ <D^T D, Z^T Z> + tr((Z^T D)^2) ],
-    which needs C x C matrices instead of N x N. It does not cancel where X is close to Y row by row.
+    M = X X^T, X the rows of Eq. 5. V_S, V_T: (B,C,h,w).
     """
-    # differs: paper and release have 1/(C-1), here none (the term would be (C-1)^2 times smaller). M does not quite
-    # hold cosines: centred rows are no longer of unit length, M_ii is 0.3-0.7 for features behind a ReLU
-    with torch.autocast(V_S.device.type, enabled=False):
+    # differs: paper and release have M = X X^T / (C-1), here no 1/(C-1), with which the term is (C-1)^2 times smaller.
+    # M is nearly the cosines; not quite, because centred rows are no unit rows (M^T_ii is about 0.3-0.7 behind a ReLU)
+    with torch.autocast(V_S.device.type, enabled=False):  # half precision would round the products
         X, Y = patch_rows(V_S), patch_rows(V_T)
-        (N, C), processes = X.shape, process_count()
-        if N < C and processes == 1:  # the definition, where its matrices are the smaller ones; it needs all rows here
+        N, C = X.shape
+        if N < C and process_count() == 1:
             M_S, M_T = X @ X.T, Y @ Y.T
             return (M_S - M_T).square().mean()
-        D, Z = X - Y, X + Y
-        DD, ZZ, ZD = all_sum(torch.stack([D.T @ D, Z.T @ Z, Z.T @ D]))  # C,C each: sums over all patches
-        trace = (ZD * ZD.T).sum()  # tr(A A) = sum_ij A_ij A_ji
-        return 0.5 * ((DD * ZZ).sum() + trace) / (N * processes) ** 2
+        return mean_squared_difference_of_affinities(X, Y)  # the same number from C,C matrices
 
 
 # ---------------------------------------------------------------- PDD, Eq. 8-9
@@ -135,9 +119,7 @@ def margin(z, labels):
     z: (B,K,H,W), labels: (B,H,W) with 255 = ignore (there m is computed for class 0 and must not be used).
     log p_t = logsigmoid(m) and log p_nt = logsigmoid(-m): exact where 1 - p_t would round to 0.
     """
-    # differs: paper one summed non-target probability, release missing, here as the paper: which wrong class the
-    # teacher thinks of is given up (DKD keeps it)
-    rows = z.movedim(1, -1).flatten(0, -2)  # pixels,K: twice as fast where the channels lie together in memory
+    rows = z.movedim(1, -1).flatten(0, -2)  # pixels,K
     target = labels.where(labels != IGNORE, 0).flatten()[:, None]  # pixels,1
     z_t = rows.gather(1, target)
     z_nt = rows.scatter(1, target, -torch.inf).logsumexp(1, keepdim=True)
@@ -145,30 +127,36 @@ def margin(z, labels):
 
 
 def pdd_loss(z_S, z_T, labels, kl="forward"):
-    """Eq. 9: L_PDD = mean over labelled pixels of  alpha KL-term(t) + beta KL-term(nt),  alpha = beta = 1/2.
+    """Eq. 9: L_PDD = mean over labelled pixels of 1/2 sum_{t, nt} q_i (log q_i - log p_i); reverse: p and q swapped.
 
-    z_S, z_T: (B,K,h,w), resized to labels (B,H,W); temperature 1. q_t = (p_t^T + 1)/2 and q_nt = (p_nt^T + 0)/2: the
-    teacher's pair mixed with the label's pair (1, 0). Only equal alpha and beta have their minimum at p^S = q.
-    Forward, this is 1/2 (BCE-with-logits(m_S, q_t) - H(q_t)): cross-entropy whose target the teacher softens. Its
-    derivative in z_y is 1/2 (p_t^S - q_t); as q_t >= 1/2, its size is at least 1/4 where p_t^S = 0, so a class that the
-    student does not predict yet is learnt. The reverse one's, 1/2 p_t^S p_nt^S (m_S - logit q_t), vanishes there.
+    p: the student's pair; q_t = (p_t^T + 1)/2, q_nt = (p_nt^T + 0)/2; temperature 1. 1/2 is alpha = beta: only equal
+    ones have their minimum at p = q. z_S, z_T: (B,K,h,w), resized to labels (B,H,W) here.
+    Forward, this is 1/2 BCE-with-logits(m_S, q_t) less a constant: cross-entropy whose target the teacher softens. A
+    pixel's derivative in z_y, 1/2 (p_t - q_t), is at least 1/4 in size where p_t = 0, so a class that the student does
+    not predict yet is learnt; the reverse one's, 1/2 p_t p_nt (m_S - logit q_t), vanishes there.
     """
-    m_S, m_T = full_size(margin, z_S, labels), full_size(margin, z_T, labels)  # B,H,W; Eq. 8, image by image
+    m_S, m_T = full_size(margin, z_S, labels), full_size(margin, z_T, labels)  # B,H,W; Eq. 8
     log_p_t, log_p_nt = F.logsigmoid(m_S), F.logsigmoid(-m_S)
-    # differs: paper p^T + y, release missing, here (p^T + y)/2, a distribution; forward, the sum is twice ours plus a
-    # constant, so that PDD counts half as much beside the other terms
+    # differs: paper p^T + y, release missing, here (p^T + y)/2, a distribution; forward, this halves the loss
     log_q_t = torch.log1p(-torch.sigmoid(-m_T) / 2)
     log_q_nt = F.logsigmoid(-m_T) - math.log(2)
+    pair_S, pair_q = torch.stack([log_p_t, log_p_nt]), torch.stack([log_q_t, log_q_nt])  # 2,B,H,W
     # unstated: what becomes of ignored pixels; they are left out, and the mean is over the labelled ones
-    loss = 0.5 * divergence(torch.stack([log_p_t, log_p_nt]), torch.stack([log_q_t, log_q_nt]), dim=0, kl=kl)
-    return masked_mean(loss, labels != IGNORE)
+    return masked_mean(0.5 * divergence(pair_S, pair_q, dim=0, kl=kl), labels != IGNORE)
 
 
 # ---------------------------------------------------------------- what the equations are made of
+# Where several processes share a batch in equal parts, the sums of Eq. 6-7 and 9 run over all of them; Eq. 3 and 4 are
+# plain means, which DistributedDataParallel's averaging of gradients already gives.
 
 def at_least_float32(x):
     """Autocast's half precisions are raised to float32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def log_softmax(x):
+    """Over dimension 1, in at least float32."""
+    return F.log_softmax(at_least_float32(x), dim=1)
 
 
 def resize(x, size):
@@ -188,6 +176,19 @@ def full_size(function, z, labels):
                       for pair in zip(z.split(1), labels.split(1))])
 
 
+def mean_squared_difference_of_affinities(X, Y):
+    """1/N^2 || X X^T - Y Y^T ||^2 from C x C matrices; X, Y: this process's rows (n,C) of all N.
+
+    With D = X - Y and Z = X + Y: X X^T - Y Y^T = 1/2 (D Z^T + Z D^T), so that exactly
+        || X X^T - Y Y^T ||^2 = 1/2 [ <D^T D, Z^T Z> + tr((Z^T D)^2) ].
+    Unlike a difference of three Grams, this loses no digits where X is close to Y row by row.
+    """
+    D, Z = X - Y, X + Y
+    DD, ZZ, ZD = all_sum(torch.stack([D.T @ D, Z.T @ Z, Z.T @ D]))  # C,C each: sums over all patches
+    trace = (ZD * ZD.T).sum()  # tr(A A) = sum_ij A_ij A_ji
+    return 0.5 * ((DD * ZZ).sum() + trace) / (len(X) * process_count()) ** 2
+
+
 def masked_mean(values, mask):
     """Mean of `values` where `mask` is set, over the pixels of all processes; 0 where none is set."""
     return all_sum(values.masked_fill(~mask, 0).sum()) / all_sum(mask.sum().float()).clamp(min=1)
@@ -200,8 +201,8 @@ def process_count():
 def all_sum(x):
     """Sum over processes, x itself where there is one.
 
-    The result is the same in every process, and so is its gradient. DistributedDataParallel averages gradients over
-    processes: the gradient in x is multiplied by their number, so that the average is the sum.
+    Its gradient reaches this process's x alone, multiplied by the number of processes: DistributedDataParallel averages
+    gradients over processes, and the average is then the sum.
     """
     if process_count() == 1:
         return x
@@ -228,7 +229,7 @@ def kd_loss(z_S, z_T, labels, temperature=1.0):
 
     Summed over classes, averaged over labelled pixels.
     """
-    log_S, log_T = (log_probabilities(at_least_float32(z) / temperature) for z in (z_S, z_T))
+    log_S, log_T = (log_softmax(at_least_float32(z) / temperature) for z in (z_S, z_T))
     return temperature ** 2 * masked_mean(divergence(log_S, log_T, dim=1, kl="forward"), labels != IGNORE)
 
 
@@ -248,7 +249,7 @@ def cwd_loss(z_S, z_T, labels, temperature=4.0):
 def skd_loss(map_S, map_T, labels):
     """SKD, 1903.04197, pair-wise: mean squared difference of the cosines of all pairs of 2x2 max-pooled positions.
 
-    map_S, map_T: (B,C,h,w), the channels may differ. Mean over images and pairs; the adversarial part is left out.
+    map_S, map_T: (B,C,h,w), the channels may differ. Mean over all pairs within an image; without the adversarial part.
     """
     valid = (labels != IGNORE)[:, None]
     mask = F.max_pool2d(valid.float(), 2, 2, ceil_mode=True).flatten(2) > 0  # B,1,n
@@ -319,7 +320,7 @@ def dkd_loss(z_S, z_T, labels, alpha=1.0, beta=8.0, temperature=4.0):
     m_S, m_T = margin(z_S, labels), margin(z_T, labels)
     pair_S, pair_T = (torch.stack([F.logsigmoid(m), F.logsigmoid(-m)]) for m in (m_S, m_T))
     target = labels.where(labels != IGNORE, 0)[:, None]
-    rest_S, rest_T = (log_probabilities(z.scatter(1, target, -1e9)) for z in (z_S, z_T))
+    rest_S, rest_T = (log_softmax(z.scatter(1, target, -1e9)) for z in (z_S, z_T))
     loss = alpha * divergence(pair_S, pair_T, 0, "forward") + beta * divergence(rest_S, rest_T, 1, "forward")
     return temperature ** 2 * masked_mean(loss, labels != IGNORE)
 
@@ -340,7 +341,7 @@ def fitnet_loss(V_S, V_T):
 # parameter `kl` gets the one of the command line.
 
 def on_small_grid(labels, *maps):
-    """The maps and, last, the labels at crop/8 (rounded up), the grid of a teacher of stride 8: the baselines' one."""
+    """The maps and, last, the labels at crop/8 (rounded up), the grid of a teacher of stride 8, for the baselines."""
     grid = [-(-side // 8) for side in labels.shape[1:]]
     nearest = F.interpolate(labels[:, None].float(), grid, mode="nearest-exact")[:, 0].long()
     return *(resize(x, grid) for x in maps), nearest
@@ -407,8 +408,8 @@ def vlfd(S, T, labels, kl="forward"):
 
 
 class Method(NamedTuple):
-    """terms: the function; weights: their defaults; source: of these. needs: what the function reads besides the
-    student's own outputs, of the words teacher, A_v (fills S.projected), A_l (fills both embeddings, needs P)."""
+    """terms: the function; weights: of its terms; needs: what it reads besides the student's own outputs, of the words
+    teacher, A_v (fills S.projected), A_l (fills both embeddings, needs P); source: where the weights come from."""
     terms: Callable
     weights: dict
     needs: str = "teacher"
@@ -427,8 +428,8 @@ METHODS = {
     "ifvd": Method(ifvd, KD | {"ifvd": 20.0}, source="CIRKD's script; without its adversarial part"),
     "at": Method(at, KD | {"at": 10000.0}, source="CIRKD's script; the last map only"),
     "dist": Method(dist, {"ce": 1.0, "dist": 1.0}, source="its authors' segmentation script"),
-    # at mdistiller's 1.0 its gradient in the encoder was 8 times cross-entropy's
-    "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}, source="ours, chosen on CamVid val; alpha, beta, T mdistiller's"),
+    # at mdistiller's weight 1.0 its gradient in the encoder was 8 times cross-entropy's
+    "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}, source="ours, chosen on CamVid val; the rest mdistiller's"),
     "deit": Method(deit, {"ce": 0.5, "deit": 0.5}, source="paper; one head instead of a distillation token"),
     "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, "teacher A_v", "CIRKD's script; without its KD term"),
     "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, "teacher A_v", "ours, a control"),
@@ -437,10 +438,8 @@ METHODS = {
 
 
 def c2vkd_weights(units, c_teacher, embedding=512):
-    """The release's weights 0.1, 0.1, 0.5 for C2VKD's feature terms, units "summed" (ours) or "released" (its own).
-
-    released: KL averaged over every element, affinity divided by C - 1; the feature terms are nearly inert then.
-    """
+    """The release's weights of C2VKD's feature terms, 0.1, 0.1, 0.5: "summed" applies the numbers to our reductions;
+    "released" reproduces its own, KL averaged over every element and affinity over C - 1: nearly inert."""
     return {"summed": {"pdd": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5},
             "released": {"pdd": 1.0, "gb": 0.1 / c_teacher, "pc": 0.1 / (c_teacher - 1) ** 2,
                          "lc": 0.5 / embedding}}[units]

@@ -1,7 +1,5 @@
 """The student: a small hierarchical Vision Transformer for semantic segmentation.
 
-    python student.py            # stages, shapes and parameters of every variant
-
 Encoder: MiT (SegFormer, arXiv 2105.15203) or PVTv2 (arXiv 2106.13797). Their blocks are the same
 (overlapping patch embedding, attention with spatially reduced keys and values, Mix-FFN with a
 depth-wise convolution); only the MLP ratios differ. Parameters carry the names of the official files,
@@ -16,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import InputError, read_weights
+from data import InputError, load_strictly, read_weights
 from losses import Outputs
 
 # variant: patch strides, dims, depths, heads, spatial reductions, MLP ratios, decoder width, stochastic depth
@@ -186,44 +184,32 @@ class Student(nn.Module):
         return Outputs(logits, maps[-1], fused)
 
 
-class ProjectionHeads(nn.Module):
-    """A_v and A_l: trained with the student, used by the losses alone, not part of the deployed student.
-
-    forward: F^S (B,C_S,h,w) -> A_v(F^S) (B,C_T,h,w), a 1x1 convolution without bias, and
-    e^S = A_l(F^S) (B,512), global average pool then 1x1 convolution without bias.
-    """
-
-    def __init__(self, c_student, c_teacher, embedding=512):
-        super().__init__()
-        self.A_v = nn.Conv2d(c_student, c_teacher, 1, bias=False)
-        # differs: paper not stated, release P itself in one file and GAP + 1x1 in another, here GAP + 1x1, trained
-        self.A_l = nn.Conv2d(c_student, embedding, 1, bias=False)
-        self.apply(_init)
-
-    def forward(self, feature):
-        return self.A_v(feature), self.A_l(feature.mean((2, 3), keepdim=True)).flatten(1)
-
-
 class StudentWithHeads(nn.Module):
-    """What is trained: (B,3,H,W) -> the student's Outputs, with projected and embedding where c_teacher is given.
+    """What is trained: (B,3,H,W) -> the student's Outputs, and in them what the losses alone need.
 
-    The heads are drawn from a generator of their own, so that students of all methods start from the same weights.
+    projected: A_v(F^S) (B,C_T,h_4,w_4), a 1x1 convolution without bias; embedding: e^S = A_l(F^S) (B,512), global
+    average pool, then the same. needs: the words A_v, A_l, whichever the method reads. Neither is deployed.
     """
 
-    def __init__(self, student, c_teacher=None, seed=0):
+    def __init__(self, student, c_teacher=None, seed=0, needs="A_v A_l"):
         super().__init__()
-        self.student, self.heads = student, None
-        if c_teacher is not None:
-            with torch.random.fork_rng(devices=[]):  # drawn on the CPU
-                torch.manual_seed(seed)
-                self.heads = ProjectionHeads(student.channels, c_teacher)
+        self.student, self.heads = student, nn.ModuleDict()
+        if c_teacher is None:
+            return
+        with torch.random.fork_rng(devices=[]):  # apart, so that all methods' students start from the same weights
+            torch.manual_seed(seed)
+            # differs: paper not stated, release P itself in one file and GAP + 1x1 in another, here GAP + 1x1, trained
+            heads = nn.ModuleDict({"A_v": nn.Conv2d(student.channels, c_teacher, 1, bias=False),
+                                   "A_l": nn.Conv2d(student.channels, 512, 1, bias=False)}).apply(_init)
+        self.heads.update({name: head for name, head in heads.items() if name in needs})
 
     def forward(self, x):
         S = self.student(x)
-        if self.heads is None:
-            return S
-        projected, e_S = self.heads(S.feature)
-        return S._replace(projected=projected, embedding=e_S)
+        if "A_v" in self.heads:
+            S = S._replace(projected=self.heads["A_v"](S.feature))
+        if "A_l" in self.heads:
+            S = S._replace(embedding=self.heads["A_l"](S.feature.mean((2, 3), keepdim=True)).flatten(1))
+        return S
 
 
 def _init(m):
@@ -250,17 +236,9 @@ def load_encoder(encoder, variant, source):
         return []
     if source == "imagenet" and variant not in IMAGENET:
         raise InputError(f"{variant} has no published ImageNet weights: use --student-weights none or a FILE")
-    state = read_weights(IMAGENET[variant] if source == "imagenet" else source, "--student-weights")
-    state = _official_names(state)
-    wanted = encoder.state_dict()
-    aside = sorted(set(state) - set(wanted))
-    bad = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape]
-    bad += [k for k in aside if not k.startswith(("head.", "classifier."))]
-    if bad:
-        raise InputError(f"{source}: not the encoder of {variant}: {len(bad)} names or shapes differ, "
-                         f"the first is {bad[0]}; give --student the variant of the file")
-    encoder.load_state_dict({k: state[k] for k in wanted})
-    return aside
+    state = _official_names(read_weights(IMAGENET[variant] if source == "imagenet" else source, "--student-weights"))
+    return load_strictly(encoder, state, source, f"the encoder of {variant}", "give --student the network of the file",
+                         aside=("head.", "classifier."))
 
 
 def _official_names(state):
@@ -288,15 +266,3 @@ def _official_names(state):
 def count_parameters(module):
     """Number of parameters (buffers not counted)."""
     return sum(p.numel() for p in module.parameters())
-
-
-if __name__ == "__main__":
-    for name in VARIANTS:
-        with torch.device("meta"):  # shapes without values
-            model = Student(name, classes=150).eval()
-            stages = model.encoder(torch.zeros(1, 3, 128, 128))
-        print(f"{name}: encoder {count_parameters(model.encoder):,} parameters, "
-              f"whole, 150 classes: {count_parameters(model):,}")
-        for i, m in enumerate(stages, 1):
-            print(f"    stage {i}: stride {128 // m.shape[2]:2d}, {m.shape[1]:3d} channels, "
-                  f"{m.shape[2]}x{m.shape[3]} tokens of a 128x128 image")

@@ -18,7 +18,7 @@ from torchvision.models import segmentation
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 
-from data import InputError, read_weights
+from data import InputError, load_strictly, read_weights
 from losses import Outputs
 
 CLIP_RN101_SHA256 = "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"
@@ -90,43 +90,27 @@ TEACHERS = {
 
 
 def initialise(teacher, name, source):
-    """Starting weights of the backbone for stage 1: "imagenet" (torchvision's file) or "none" (random)."""
+    """Weights of a teacher, strictly: "none" (random), "imagenet" (torchvision's, of the backbone, before stage 1) or
+    a finished teacher's: "voc" (torchvision's COCO_WITH_VOC_LABELS_V1) or the path of a plain torchvision state dict.
+
+    Prints what is left aside: ImageNet's classifier, an auxiliary head. Raises InputError for a file of another network
+    or of another number of classes.
+    """
     if source == "none":
         return
-    if TEACHERS[name].imagenet is None:
+    module, aside, wanted = teacher, ("aux_classifier.",), f"{name} with the classes of this data set"
+    if source in ("imagenet", "voc") and TEACHERS[name].imagenet is None:
         raise InputError(f"{name} has no published weights: use --teacher-weights none or a FILE")
-    state = read_weights(TEACHERS[name].imagenet.url, "--teacher-weights")
-    wanted = teacher.backbone.state_dict()
-    # torchvision's MobileNetV3 file calls layer 0 "features.0", its segmentation backbone "0"
-    state = {k.removeprefix("features."): v for k, v in state.items()}
-    aside = sorted(set(state) - set(wanted))
-    # strict; num_batches_tracked, which old files lack, BatchNorm supplies itself
-    teacher.backbone.load_state_dict({k: v for k, v in state.items() if k in wanted})
-    print(f"teacher backbone: ImageNet; not loaded: {', '.join(aside)}")
-
-
-def load_plain(teacher, name, source):
-    """Fill a whole teacher from a plain torchvision state dict, backbone.* and classifier.*.
-
-    source: a path, or "voc" for torchvision's COCO_WITH_VOC_LABELS_V1 model (21 classes). An auxiliary head is left
-    aside. Raises InputError for a file of another network or of another number of classes.
-    """
     if source == "voc":
-        if TEACHERS[name].imagenet is None:
-            raise InputError(f"{name} has no published weights: use --teacher-weights none or a FILE")
         source = models.get_model_weights(name)["COCO_WITH_VOC_LABELS_V1"].url
+    elif source == "imagenet":
+        source = TEACHERS[name].imagenet.url
+        module, aside, wanted = teacher.backbone, ("fc.", "classifier."), f"the backbone of {name}"
     state = read_weights(source, "--teacher-weights")
-    aside = [k for k in state if k.startswith("aux_classifier.")]
-    state = {k: v for k, v in state.items() if k not in aside}
-    wanted = teacher.state_dict()
-    state = {k: torch.tensor(0) for k in wanted if k.endswith("num_batches_tracked")} | state  # old files lack them
-    bad = sorted(set(state) ^ set(wanted)) or [k for k in wanted if state[k].shape != wanted[k].shape]
-    if bad:
-        there, here = (tuple(d[bad[0]].shape) if bad[0] in d else "nothing" for d in (state, wanted))
-        raise InputError(f"{source}: not {name} with the classes of this data set: {len(bad)} tensors differ, the "
-                         f"first is {bad[0]} (there {there}, here {here}); give --teacher the network of the file")
-    teacher.load_state_dict(state)
-    print(f"teacher: {source}; not loaded: {len(aside)} tensors of the auxiliary head")
+    if module is not teacher:  # torchvision's MobileNetV3 file calls layer 0 "features.0", its backbone "0"
+        state = {k.removeprefix("features."): v for k, v in state.items()}
+    left = load_strictly(module, state, source, wanted, "give --teacher the network of the file", aside)
+    print(f"teacher: {source}; not loaded: {len(left)} tensors {', '.join(sorted({k.split('.')[0] for k in left}))}")
 
 
 class AttentionPool(nn.Module):
@@ -193,16 +177,15 @@ def average_precision(scores, truth):
     return (precision * hits).sum(0) / hits.sum(0).where(hits.sum(0) > 0, torch.nan)
 
 
-def load_clip_pool(pool, path):
-    """Fill P from a user's CLIP RN101 file (2048 channels: ResNet teachers only).
+def load_clip_pool(path, channels, grid):
+    """The frozen P of a user's CLIP RN101 file, its 7x7 positions resized bilinearly to grid x grid.
 
     A plain state dict is read as such. The original RN101.pt is a TorchScript archive, which can run code:
-    it is opened only if its sha256 is OpenAI's. The 7x7 positions are resized bilinearly to P's grid.
-    Raises InputError for any other file.
+    it is opened only if its sha256 is OpenAI's. Raises InputError for any other file, and unless channels = 2048.
     """
-    path = Path(path)
-    if pool.c_proj.in_features != 2048:
+    if channels != 2048:
         raise InputError("--clip needs a ResNet teacher: CLIP RN101's pool reads 2048 channels")
+    pool, path = AttentionPool(channels, grid), Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -217,11 +200,9 @@ def load_clip_pool(pool, path):
     prefix = "visual.attnpool."
     state = {k.removeprefix(prefix): v.float() for k, v in state.items() if str(k).startswith(prefix)} \
         if isinstance(state, dict) else {}
-    wanted = {k: v.shape for k, v in pool.state_dict().items() if k != "positional_embedding"}
-    if {k: v.shape for k, v in state.items() if k != "positional_embedding"} != wanted \
-            or state.get("positional_embedding", torch.empty(0)).shape != (50, 2048):
-        raise InputError(f"{path}: its visual.attnpool.* tensors are not those of CLIP RN101 (RN50 has another size)")
-    mean, grid = state["positional_embedding"].split([1, 49])
-    grid = F.interpolate(grid.T.reshape(1, 2048, 7, 7), (pool.grid, pool.grid), mode="bilinear")
-    state["positional_embedding"] = torch.cat([mean, grid.flatten(2)[0].T])
-    pool.load_state_dict(state)
+    if state.get("positional_embedding", torch.empty(0)).shape == (50, 2048):  # the mean, 7x7 positions
+        mean, places = state["positional_embedding"].split([1, 49])
+        places = F.interpolate(places.T.reshape(1, 2048, 7, 7), (grid, grid), mode="bilinear")
+        state["positional_embedding"] = torch.cat([mean, places.flatten(2)[0].T])
+    load_strictly(pool, state, path, f"CLIP RN101, {prefix}*", "RN50's have another size")
+    return pool.requires_grad_(False).eval()

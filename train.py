@@ -32,10 +32,11 @@ from tqdm import tqdm
 import losses
 from data import (DATASETS, InputError, Parser, TrainStream, at_least, command, load_checkpoint, normalise,
                   open_dataset, progress, quiet_worker, save_tensors, unlabelled_slots, write_atomically)
-from evaluate import commonest, comparison, evaluate, load_network, report, report_terms, scores, table, write_json
+from evaluate import (commonest, comparison, evaluate, load_network, report, report_terms, scores, table, write_json,
+                      write_scores)
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
-from teacher import (TEACHERS, AttentionPool, PoolFitter, Teacher, average_precision, initialise, load_clip_pool,
-                     load_plain, pool_grid, presence)
+from teacher import (TEACHERS, PoolFitter, Teacher, average_precision, initialise, load_clip_pool, pool_grid,
+                     presence)
 
 
 # ---------------------------------------------------------------- the three stages
@@ -50,9 +51,7 @@ def distil(args, data, teacher, pool):
     torch.manual_seed(args.seed)
     student = Student(args.student, len(data.classes))
     load_encoder(student.encoder, args.student, args.student_weights)
-    module = StudentWithHeads(student, teacher.channels if "A_" in method.needs else None, args.seed)
-    for name, head in module.heads.named_children() if module.heads else ():
-        head.requires_grad_(name in method.needs)  # DistributedDataParallel wants a gradient for every parameter
+    module = StudentWithHeads(student, teacher.channels if teacher else None, args.seed, method.needs)
     module, net = on_device(module, args)  # module: what is trained and saved; net: the same for several processes
     # one rate for all parameters; biases and norms are not spared weight decay
     optimizer = torch.optim.AdamW(module.parameters(), args.lr, weight_decay=0.01, fused=bool(args.gpus))
@@ -298,6 +297,7 @@ class Run:
         if dist.is_initialized():  # without SyncBatchNorm, on CPUs, each process has running statistics of its own
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, 0)
+        self.module.eval()
         matrix = evaluate(self.network, self.data, "val", args.base, args.crop, args.device, workers=args.workers,
                           images=None if last else args.val_images, desc=f"{self.stage}: validation")
         result = scores(matrix.cpu())
@@ -306,8 +306,8 @@ class Run:
             picture = comparison(self.data, "val", args.base, args.crop, self.shown, args.device)
             picture.save(self.folder / f"pictures/step{self.step:06d}.png")
             if last:
-                write_json(self.folder / "results-val.json", result | {"step": self.step} | {
-                    k: self.description.get(k) for k in ("label", "method", "seed", "conditions", "classes")})
+                write_scores(self.folder, "val", result, self.description | {"step": self.step})
+        self.module.train()
         return result["miou"]
 
     def save(self):
@@ -377,7 +377,7 @@ def train(args):
     # a wrong or missing file shows now, not after hours of stage 1
     given = given_teacher(args, data) if needs else None
     if args.clip:
-        load_clip_pool(AttentionPool(TEACHERS[args.teacher].channels, 16), args.clip)
+        load_clip_pool(args.clip, TEACHERS[args.teacher].channels, grid=16)
     aside = [] if args.method == "teacher" else \
         load_encoder(Student(args.student, len(data.classes)).encoder, args.student, args.student_weights)
     announce(args, data, needs, given, aside)
@@ -387,7 +387,8 @@ def train(args):
     if needs:
         teacher = given or train_teacher(args, data)
     if "A_l" in needs:
-        pool = clip_pool(args, teacher) if args.clip else fit_pool(args, data, teacher)
+        pool = fit_pool(args, data, teacher) if not args.clip else load_clip_pool(
+            args.clip, teacher.channels, pool_grid(teacher, args.crop, args.device)).to(args.device)
     if args.both:
         distil(alone(args), data, None, None)
     if args.method != "teacher":
@@ -430,7 +431,7 @@ def given_teacher(args, data):
         return None
     if source == "voc" or "module" not in load_checkpoint(source):
         teacher = Teacher(args.teacher, len(data.classes))
-        load_plain(teacher, args.teacher, source)
+        initialise(teacher, args.teacher, source)
     else:
         teacher, state = load_network(source)
         if state["name"] != args.teacher or state["classes"] != data.classes:
@@ -454,31 +455,21 @@ def scores_of_given(teacher, args, data):
     return result
 
 
-def clip_pool(args, teacher):
-    """The frozen pool P of --clip FILE."""
-    pool = AttentionPool(teacher.channels, pool_grid(teacher, args.crop, args.device))
-    load_clip_pool(pool, args.clip)
-    return pool.to(args.device).requires_grad_(False).eval()
-
-
 @torch.no_grad()
 def report_pool(fitter, teacher, args, data):
     """Print the fitted pool's mean average precision on val crops beside the class-frequency baseline."""
-    val = replace(data, pairs={"train": data.pairs["val"]})
     count = min(args.val_images, len(data.pairs["val"]))
+    val = TrainStream(replace(data, pairs={"train": data.pairs["val"]}), args.seed, args.base, args.crop, (1, 1), count)
     fitter.eval()
-    logits, truth = [], []
-    for images, labels in DataLoader(TrainStream(val, args.seed, args.base, args.crop, (1, 1), count)):
-        logits.append(fitter(teacher(normalise(images.to(args.device))).feature).cpu())
-        truth.append(presence(labels.long(), len(data.classes)))
-    logits, truth = torch.cat(logits), torch.cat(truth)
+    images, labels = zip(*(val[i] for i in range(count)))
+    found = [fitter(teacher(normalise(image[None].to(args.device))).feature).cpu() for image in images]
+    truth = presence(torch.stack(labels).long(), len(data.classes))
     frequency = truth.mean(0)
     some = (frequency > 0) & (frequency < 1)
-    every = [c for c, f in zip(data.classes, frequency.tolist()) if f == 1]
-    found = 100 * average_precision(logits, truth)[some].mean()
-    print(f"pool: mean average precision on {count} val crops {found:.1f}, class frequency alone "
-                     f"{100 * frequency[some].mean():.1f}"
-                     + (f"; in every crop, so teaching nothing: {', '.join(every)}" if every else ""))
+    precision = average_precision(torch.cat(found), truth)[some].mean()
+    every = [name for name, f in zip(data.classes, frequency) if f == 1]
+    print(f"pool: mean average precision on {count} val crops {100 * precision:.1f}, class frequency alone "
+          f"{100 * frequency[some].mean():.1f}; in every crop, so teaching nothing: {', '.join(every) or 'no class'}")
 
 
 def report_run(args, data, teacher, given_scores, student):
@@ -644,16 +635,11 @@ def listen():
     signal.signal(signal.SIGTERM, ask)
 
 
-def launch(args):
-    """--gpus N > 1: this script again under torch.distributed.run, one process a GPU."""
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                              "--nproc-per-node", str(args.gpus), *sys.argv])
-
-
 def main():
     args = parse_options()
-    if args.gpus > 1 and "RANK" not in os.environ:
-        launch(args)
+    if args.gpus > 1 and "RANK" not in os.environ:  # this script again, one process a GPU
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                  "--nproc-per-node", str(args.gpus), *sys.argv])
     args.rank, args.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.rank:
         sys.stdout = open(os.devnull, "w")  # one process speaks

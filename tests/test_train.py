@@ -161,7 +161,7 @@ def test_a_teacher_trained_elsewhere_is_read_from_a_plain_state_dict(run, capsys
             args = run("--method", "kd", "--teacher-weights", str(tmp_path / "mine.pth"))
         text = capsys.readouterr().out
         assert text.count("WARNING: this teacher is no better than always answering the commonest class") == warned
-        assert "mine.pth; not loaded: 1 tensors of the auxiliary head" in text
+        assert "mine.pth; not loaded: 1 tensors aux_classifier" in text
         names = [line.split()[0] for line in text.partition("IoU of each class, %")[2].splitlines()[1:9]]
         assert names == data_module.SHAPES
     found = train.given_teacher(args, data_module.open_dataset("shapes"))
