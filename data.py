@@ -265,7 +265,7 @@ class TrainStream(torch.utils.data.Dataset):
 
 
 def unlabelled_slots(data, batch_size):
-    """How many slots of a batch hold images without labels; at least one slot keeps its label."""
+    """How many slots of a batch of two or more hold images without labels; at least one slot keeps its label."""
     labelled, unlabelled = (len(data.pairs.get(split, ())) for split in ("train", "unlabelled"))
     if not unlabelled:
         return 0
@@ -303,8 +303,9 @@ def spread(total, count):
 
 def normalise(images):
     """uint8 RGB (B,3,H,W) -> float32, ImageNet mean 0 and deviation 1, on the images' device."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    # plain numbers: a tensor made here would make the host wait for the GPU in every step
+    channels = zip(images.unbind(1), MEAN, STD)
+    return torch.stack([(x.float() / 255 - mean) / std for x, mean, std in channels], 1)
 
 
 def make_shapes(root, seed=0):
@@ -593,9 +594,9 @@ def load_strictly(module, state, source, wanted, remedy, aside=()):
     # old files lack num_batches_tracked
     state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | \
         {k: v for k, v in state.items() if k not in left}
-    bad = [k for k in own if k not in state or state[k].shape != own[k].shape] + sorted(set(state) - set(own))
+    bad = [k for k in own if getattr(state.get(k), "shape", None) != own[k].shape] + sorted(set(state) - set(own))
     if bad:
-        there, here = (tuple(d[bad[0]].shape) if bad[0] in d else "nothing" for d in (state, own))
+        there, here = (tuple(getattr(d.get(bad[0]), "shape", ())) or "nothing" for d in (state, own))
         raise InputError(f"{source}: not {wanted}: {len(bad)} tensors differ, the first is {bad[0]} (there {there}, "
                          f"here {here}); {remedy}")
     module.load_state_dict(state)

@@ -128,6 +128,7 @@ def evaluate(model, data, split, base, window, device, stride=None, flip=False, 
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=quiet_worker,
                         generator=torch.Generator())
     matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64, device=device)
+    assert not model.training, "call model.eval() first"
     for image, label in progress(loader, desc=desc, unit="images", disable=rank > 0, leave=False):
         label = label.to(device)
         prediction = predict(model, image.to(device), label.shape, window, stride, flip, batch)
@@ -271,6 +272,7 @@ def gain_chart(rows, width=800):
     for name, members in groups:
         y += 40
         draw.text((8, y), name, fill="black", font=FONT, anchor="lm")
+        draw.line((at(0), y + 16, at(0), y + 30 * len(members) + 12), fill="black", width=2)
         for row in members:
             y += 30
             first, last = sorted((at(0), at(row["gain"])))
@@ -279,7 +281,6 @@ def gain_chart(rows, width=800):
                 draw.line((at(row["low"]), y, at(row["high"]), y), fill="black", width=3)
             draw.text((160, y), row["method"], fill="black", font=FONT, anchor="rm")
             draw.text((width - 8, y), f"{row['gain']:+.1f}", fill="black", font=FONT, anchor="rm")
-    draw.line((at(0), 50, at(0), y + 12), fill="black", width=2)
     draw.text((8, y + 40), "bar: gain over ce, points of mIoU; line: its 95% interval, if there are several seeds",
               fill="black", font=FONT, anchor="lm")
     return sheet
@@ -489,14 +490,13 @@ def _evaluate_checkpoint(args, model, state):
                          "data; give its own --data")
     if not data.pairs.get(args.split):
         raise InputError(f"the data has no {args.split} split; choose another --split")
-    window = None if args.whole else args.window or state["window"]
-    matrix = evaluate(model, data, args.split, state["base"], window, args.device, args.stride, args.flip,
+    matrix = evaluate(model, data, args.split, state["base"], args.window, args.device, args.stride, args.flip,
                       args.batch_size, workers=args.workers)
     result = scores(matrix)
     print(table([(state["name"], count_parameters(model), None, result)], data.classes))
     # only the standard protocol on the run's own data is compared
     own = data.name == state["dataset"] and (not args.data or os.path.abspath(args.data) == state.get("data"))
-    if own and window == state["window"] and not (args.stride or args.flip):
+    if own and args.window == state["window"] and not (args.stride or args.flip):
         write_scores(Path(args.checkpoint).parent, args.split, result, state)
     if args.pictures:
         Path(args.pictures).mkdir(parents=True, exist_ok=True)
@@ -524,8 +524,7 @@ def _overlays(args, model, state):
         except OSError as e:
             raise InputError(f"{path}: not a readable image ({e.strerror or e}); give another --image") from None
         small = torch.from_numpy(np.array(resize_short_side(image, state["base"]))).permute(2, 0, 1)
-        window = None if args.whole else args.window or state["window"]
-        prediction = predict(model, small.to(args.device), image.size[::-1], window, args.stride, args.flip,
+        prediction = predict(model, small.to(args.device), image.size[::-1], args.window, args.stride, args.flip,
                              args.batch_size).cpu()
         overlay(image, prediction, state["classes"], state["palette"]).save(out / f"{path.stem}.png")
     print(f"{len(files)} pictures in {out}")
@@ -598,13 +597,16 @@ def main():
     how.add_argument("--workers", type=at_least(0), default=8 if gpu else 0, metavar="N",
                      help="processes that decode images (default 8 with a GPU, else 0)")
     how.add_argument("--pictures", metavar="DIR", help="where pictures go")
+    how.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
-    args.device = torch.device("cuda" if gpu else "cpu")
     if args.compare:
         return _compare(args)
     if not args.checkpoint:
         parser.error("--checkpoint FILE or --compare DIR is needed")
+    if args.device != "cpu" and not gpu:
+        raise InputError(f"--device {args.device}: no such device found; use --device cpu")
     model, state = load_network(args.checkpoint, args.device)
+    args.window = None if args.whole else args.window or state["window"]
     act = _export if args.export else _overlays if args.image else _evaluate_checkpoint
     act(args, model, state)
 

@@ -30,7 +30,7 @@ import torch.distributed as distributed
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = 255  # data.IGNORE
+IGNORE = 255  # as in data.py; this file needs no other of the project
 
 
 class Outputs(NamedTuple):
@@ -105,7 +105,7 @@ def patch_loss(V_S, V_T):
     with torch.autocast(V_S.device.type, enabled=False):  # half precision would round the products
         X, Y = patch_rows(V_S), patch_rows(V_T)
         N, C = X.shape
-        if N < C and process_count() == 1:
+        if N < C and process_count() == 1:  # the definition; it needs all rows in one process
             M_S, M_T = X @ X.T, Y @ Y.T
             return (M_S - M_T).square().mean()
         return mean_squared_difference_of_affinities(X, Y)  # the same number from C,C matrices
@@ -352,43 +352,36 @@ def ce(S, T, labels):
 
 
 def kd(S, T, labels):
-    z_S, z_T, small = on_small_grid(labels, S.logits, T.logits)
-    return ce(S, T, labels) | {"kd": kd_loss(z_S, z_T, small)}
+    return ce(S, T, labels) | {"kd": kd_loss(*on_small_grid(labels, S.logits, T.logits))}
 
 
 def cwd(S, T, labels):
-    z_S, z_T, small = on_small_grid(labels, S.logits, T.logits)
-    return ce(S, T, labels) | {"kd": kd_loss(z_S, z_T, small), "cwd": cwd_loss(z_S, z_T, small)}
+    return kd(S, T, labels) | {"cwd": cwd_loss(*on_small_grid(labels, S.logits, T.logits))}
 
 
 def dist(S, T, labels):
-    z_S, z_T, small = on_small_grid(labels, S.logits, T.logits)
-    return ce(S, T, labels) | {"dist": dist_loss(z_S, z_T, small)}
+    return ce(S, T, labels) | {"dist": dist_loss(*on_small_grid(labels, S.logits, T.logits))}
 
 
 def dkd(S, T, labels):
-    z_S, z_T, small = on_small_grid(labels, S.logits, T.logits)
-    return ce(S, T, labels) | {"dkd": dkd_loss(z_S, z_T, small)}
+    return ce(S, T, labels) | {"dkd": dkd_loss(*on_small_grid(labels, S.logits, T.logits))}
 
 
 def deit(S, T, labels):
-    z_S, z_T, small = on_small_grid(labels, S.logits, T.logits)
-    return ce(S, T, labels) | {"deit": deit_loss(z_S, z_T, small)}
+    return ce(S, T, labels) | {"deit": deit_loss(*on_small_grid(labels, S.logits, T.logits))}
 
 
 def skd(S, T, labels):
-    map_S, map_T, small = on_small_grid(labels, S.before_classifier, T.before_classifier)
-    return kd(S, T, labels) | {"skd": skd_loss(map_S, map_T, small)}
+    return kd(S, T, labels) | {"skd": skd_loss(*on_small_grid(labels, S.before_classifier, T.before_classifier))}
 
 
 def ifvd(S, T, labels):
-    map_S, map_T, small = on_small_grid(labels, S.before_classifier, T.before_classifier)
-    return kd(S, T, labels) | {"ifvd": ifvd_loss(map_S, map_T, small, classes=S.logits.shape[1])}
+    maps = on_small_grid(labels, S.before_classifier, T.before_classifier)
+    return kd(S, T, labels) | {"ifvd": ifvd_loss(*maps, classes=S.logits.shape[1])}
 
 
 def at(S, T, labels):
-    map_S, map_T, small = on_small_grid(labels, S.before_classifier, T.before_classifier)
-    return kd(S, T, labels) | {"at": at_loss(map_S, map_T, small)}
+    return kd(S, T, labels) | {"at": at_loss(*on_small_grid(labels, S.before_classifier, T.before_classifier))}
 
 
 def fitnet(S, T, labels):
@@ -408,9 +401,9 @@ def vlfd(S, T, labels, kl="forward"):
 
 
 class Method(NamedTuple):
-    """terms: the function; weights: of its terms; needs: what it reads besides the student's own outputs, of the words
-    teacher, A_v (fills S.projected), A_l (fills both embeddings, needs P); source: where the weights come from."""
-    terms: Callable
+    """weights: of the function's terms; needs: what it reads besides the student's own outputs, of the words teacher,
+    A_v (fills S.projected), A_l (fills both embeddings, needs P); source: where the weights come from."""
+    function: Callable
     weights: dict
     needs: str = "teacher"
     source: str = ""

@@ -8,7 +8,6 @@ so that those load strictly. Decoder: SegFormer's all-MLP head, for both familie
     B batch, H W image height and width, N = h * w tokens of a stage, C channels, K classes
 """
 import math
-from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -201,6 +200,7 @@ class StudentWithHeads(nn.Module):
             # differs: paper not stated, release P itself in one file and GAP + 1x1 in another, here GAP + 1x1, trained
             heads = nn.ModuleDict({"A_v": nn.Conv2d(student.channels, c_teacher, 1, bias=False),
                                    "A_l": nn.Conv2d(student.channels, 512, 1, bias=False)}).apply(_init)
+        # both are drawn even where one is needed: A_v then starts alike in all methods
         self.heads.update({name: head for name, head in heads.items() if name in needs})
 
     def forward(self, x):
@@ -246,7 +246,7 @@ def _official_names(state):
     renames = (("patch_embeddings", "patch_embed"), (".layer_norm.", ".norm."), ("layer_norm_", "norm"),
                ("attention.self.", "attn."), ("attention.output.dense", "attn.proj"),
                ("mlp.dense", "mlp.fc"), ("query", "q"))
-    out = OrderedDict()
+    out = {}
     for key, value in state.items():
         if not key.startswith("segformer.encoder."):
             out[key] = value

@@ -7,7 +7,6 @@ from a CLIP file; both are frozen while the student learns (stage 3).
 """
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -110,7 +109,8 @@ def initialise(teacher, name, source):
     if module is not teacher:  # torchvision's MobileNetV3 file calls layer 0 "features.0", its backbone "0"
         state = {k.removeprefix("features."): v for k, v in state.items()}
     left = load_strictly(module, state, source, wanted, "give --teacher the network of the file", aside)
-    print(f"teacher: {source}; not loaded: {len(left)} tensors {', '.join(sorted({k.split('.')[0] for k in left}))}")
+    names = ", ".join(sorted({k.split(".")[0] for k in left}))
+    print(f"teacher: {source}" + (f"; not loaded: {len(left)} tensors {names}" if left else ""))
 
 
 class AttentionPool(nn.Module):
@@ -185,7 +185,6 @@ def load_clip_pool(path, channels, grid):
     """
     if channels != 2048:
         raise InputError("--clip needs a ResNet teacher: CLIP RN101's pool reads 2048 channels")
-    pool, path = AttentionPool(channels, grid), Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -200,9 +199,9 @@ def load_clip_pool(path, channels, grid):
     prefix = "visual.attnpool."
     state = {k.removeprefix(prefix): v.float() for k, v in state.items() if str(k).startswith(prefix)} \
         if isinstance(state, dict) else {}
-    if state.get("positional_embedding", torch.empty(0)).shape == (50, 2048):  # the mean, 7x7 positions
-        mean, places = state["positional_embedding"].split([1, 49])
-        places = F.interpolate(places.T.reshape(1, 2048, 7, 7), (grid, grid), mode="bilinear")
-        state["positional_embedding"] = torch.cat([mean, places.flatten(2)[0].T])
+    pool = AttentionPool(channels, grid=7)
     load_strictly(pool, state, path, f"CLIP RN101, {prefix}*", "RN50's have another size")
+    mean, places = pool.positional_embedding.detach().split([1, 49])
+    places = F.interpolate(places.T.reshape(1, channels, 7, 7), (grid, grid), mode="bilinear")
+    pool.grid, pool.positional_embedding = grid, nn.Parameter(torch.cat([mean, places.flatten(2)[0].T]))
     return pool.requires_grad_(False).eval()

@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +29,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import losses
-from data import (DATASETS, InputError, Parser, TrainStream, at_least, command, load_checkpoint, normalise,
-                  open_dataset, progress, quiet_worker, save_tensors, unlabelled_slots, write_atomically)
+from data import (DATASETS, InputError, Parser, TrainStream, at_least, command, load_checkpoint, load_strictly,
+                  normalise, open_dataset, progress, quiet_worker, save_tensors, unlabelled_slots, write_atomically)
 from evaluate import (commonest, comparison, evaluate, load_network, report, report_terms, scores, table, write_json,
                       write_scores)
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
@@ -47,7 +46,7 @@ def distil(args, data, teacher, pool):
     teacher, pool: frozen, None where the method needs none. Returns the student.
     """
     method = losses.METHODS[args.method]
-    losses_of = partial(method.terms, kl=args.kl) if args.kl == "reverse" else method.terms
+    direction = {"kl": args.kl} if args.kl == "reverse" else {}  # not every method has one
     torch.manual_seed(args.seed)
     student = Student(args.student, len(data.classes))
     load_encoder(student.encoder, args.student, args.student_weights)
@@ -55,9 +54,10 @@ def distil(args, data, teacher, pool):
     module, net = on_device(module, args)  # module: what is trained and saved; net: the same for several processes
     # one rate for all parameters; biases and norms are not spared weight decay
     optimizer = torch.optim.AdamW(module.parameters(), args.lr, weight_decay=0.01, fused=bool(args.gpus))
-    run = Run(args, data, "student", module, optimizer, student, {"teacher": teacher, "student": student})
+    run = Run(args, data, "student", module, optimizer, network=student, shown={"teacher": teacher, "student": student})
+    unlabelled = unlabelled_slots(data, args.batch_size) if "A_v" in method.needs else 0  # only V needs no label
 
-    for step, images, labels in run.batches(unlabelled_slots(data, args.batch_size) if "A_v" in method.needs else 0):
+    for step, images, labels in run.batches(unlabelled):
         run.set_rate(schedule(step, args.steps, args.warmup, power=1))
         with precision(args):
             with torch.no_grad():
@@ -65,7 +65,7 @@ def distil(args, data, teacher, pool):
                 if pool:
                     T = T._replace(embedding=pool(T.feature))  # e^T = P(F^T)
             S = net(images)  # z^S, F^S, A_v(F^S), e^S
-            terms = losses_of(S, T, labels)
+            terms = method.function(S, T, labels, **direction)
             loss = losses.total_loss(terms, args.term_weights)  # Eq. 10
         measured = step % args.report_every == 0 or step == args.steps - 1
         norms = gradient_norms(terms, student.encoder, args) if measured else {}
@@ -88,7 +88,7 @@ def train_teacher(args, data):
         optimizer = torch.optim.SGD([{"params": teacher.backbone.parameters()},
                                      {"params": teacher.classifier.parameters(), "lr": 10 * args.teacher_lr}],
                                     args.teacher_lr, momentum=0.9, weight_decay=5e-4)
-    run = Run(args, data, "teacher", teacher, optimizer, teacher, {"teacher": teacher})
+    run = Run(args, data, "teacher", teacher, optimizer, network=teacher, shown={"teacher": teacher})
 
     for step, images, labels in run.batches():
         run.set_rate(schedule(step, args.teacher_steps, args.warmup, power=0.9))
@@ -198,7 +198,7 @@ class Run:
         if differing:
             raise InputError(f"{path}: from a different experiment: {'; '.join(differing)}; "
                              "choose another --out or --name, or give its options")
-        self.module.load_state_dict(state["module"])
+        load_strictly(self.module, state["module"], path, f"this {self.stage}", "choose another --out or --name")
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seed = state["step"], state["run_seed"]
 
@@ -231,7 +231,7 @@ class Run:
             group["lr"] = group["initial_lr"] * factor
 
     def log(self, terms, norms={}):
-        """After a step: keep its terms; where a row of the log is due, validate if that is due too, write it, save."""
+        """After a step: count it, keep its terms; where a row of the log is due, validate if due too, write it, save."""
         self.step += 1
         self.values.append(torch.stack([terms[n].detach().float() for n in self.weights]))
         self.norms |= norms
@@ -461,15 +461,17 @@ def report_pool(fitter, teacher, args, data):
     count = min(args.val_images, len(data.pairs["val"]))
     val = TrainStream(replace(data, pairs={"train": data.pairs["val"]}), args.seed, args.base, args.crop, (1, 1), count)
     fitter.eval()
-    images, labels = zip(*(val[i] for i in range(count)))
-    found = [fitter(teacher(normalise(image[None].to(args.device))).feature).cpu() for image in images]
-    truth = presence(torch.stack(labels).long(), len(data.classes))
+    found, truth = [], []
+    for image, label in (val[i] for i in range(count)):
+        found.append(fitter(teacher(normalise(image[None].to(args.device))).feature).cpu())
+        truth.append(presence(label[None].long(), len(data.classes)))
+    truth = torch.cat(truth)
     frequency = truth.mean(0)
     some = (frequency > 0) & (frequency < 1)
-    precision = average_precision(torch.cat(found), truth)[some].mean()
+    mean_precision = average_precision(torch.cat(found), truth)[some].mean()
     every = [name for name, f in zip(data.classes, frequency) if f == 1]
-    print(f"pool: mean average precision on {count} val crops {100 * precision:.1f}, class frequency alone "
-          f"{100 * frequency[some].mean():.1f}; in every crop, so teaching nothing: {', '.join(every) or 'no class'}")
+    print(f"pool: mean average precision on {count} val crops {100 * mean_precision:.1f}, class frequency alone "
+          f"{100 * frequency[some].mean():.1f}; in every crop, so that they teach nothing: {', '.join(every) or '-'}")
 
 
 def report_run(args, data, teacher, given_scores, student):
@@ -517,10 +519,6 @@ RECIPES = {
                           teacher_steps=1500, pool_steps=100),
     "shapes": SMALL | dict(base=64, crop=64, scale=(1.0, 1.0), steps=400, teacher_steps=600, pool_steps=60, warmup=40),
 }
-# unstated: training from random weights, for which AdamW at 1e-3 does better than the paper's 6e-5 from ImageNet
-# weights (student) and the usual SGD 0.01 (teacher)
-STUDENT_LR = {"pretrained": 6e-5, "random": 1e-3}
-TEACHER_LR = {"pretrained": 0.01, "random": 1e-3}
 
 
 def parse_options(argv=None):
@@ -584,14 +582,14 @@ def parse_options(argv=None):
     for key, value in RECIPES[args.recipe].items():
         if getattr(args, key, None) is None:
             setattr(args, key, list(value) if key == "scale" else value)
-    if args.lr is None:
-        args.lr = STUDENT_LR["random" if args.student_weights == "none" else "pretrained"]
-    if args.teacher_lr is None:
-        args.teacher_lr = TEACHER_LR["random" if args.teacher_weights == "none" else "pretrained"]
+    # unstated: training from random weights, for which AdamW at 1e-3 does better than the paper's 6e-5 from ImageNet
+    # weights (student) and the usual SGD 0.01 (teacher)
+    args.lr = args.lr or (1e-3 if args.student_weights == "none" else 6e-5)
+    args.teacher_lr = args.teacher_lr or (1e-3 if args.teacher_weights == "none" else 0.01)
     args.workers = (8 if args.gpus else 0) if args.workers is None else args.workers
     args.both = args.method is None and args.dataset == "shapes"
     args.method = args.method or "c2vkd"
-    function = losses.METHODS[args.method].terms if args.method != "teacher" else train_teacher
+    function = losses.METHODS[args.method].function if args.method != "teacher" else train_teacher
     if args.kl == "reverse" and "kl" not in inspect.signature(function).parameters:
         raise InputError(f"--kl reverse: {args.method} has no direction to choose; it goes with --method c2vkd")
     if args.clip and args.method != "teacher" and "A_l" not in losses.METHODS[args.method].needs:

@@ -137,7 +137,7 @@ def dry_steps(device, args, classes, methods=losses.METHODS):
             if "A_l" in method.needs:
                 T = T._replace(embedding=pool(T.feature))
         S = module(images)
-        return (S, T), method.terms(S, T, labels)
+        return (S, T), method.function(S, T, labels)
 
     with fake(device):
         size = args.batch_size, args.crop
@@ -250,7 +250,7 @@ def whole_step(args):
     def distil():
         T = teach()
         with train.precision(args):
-            loss = losses.total_loss(method.terms(taught(images), T, labels), method.weights)
+            loss = losses.total_loss(method.function(taught(images), T, labels), method.weights)
         adamw_taught.zero_grad()
         loss.backward()
         adamw_taught.step()

@@ -32,6 +32,7 @@ class Pointwise(nn.Module):
     def __init__(self, classes=3):
         super().__init__()
         self.conv = nn.Conv2d(3, classes, 1)
+        self.eval()
 
     def forward(self, x):
         return self.conv(x), None, None
@@ -71,7 +72,7 @@ def checkpoint(root, tmp_path):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *map(str, arguments)])
     module.main()
 
 
@@ -450,6 +451,18 @@ def test_bad_options_are_one_sentence_that_names_them(checkpoint, tmp_path, opti
     options = [o.format(empty=tmp_path / "empty", text=tmp_path / "text.png") for o in options]
     with pytest.raises(InputError, match=re.escape(named)):
         run(monkeypatch, "--checkpoint", checkpoint, *options)
+
+
+def test_device_that_is_not_there_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device cuda: no such device"):
+        run(monkeypatch, "--checkpoint", checkpoint, "--device", "cuda")
+
+
+def test_a_network_in_training_mode_is_not_evaluated(root):
+    data = open_dataset("folder", root)
+    with pytest.raises(AssertionError, match="eval"):
+        evaluate(Student("mit_nano", 3).train(), data, "val", 48, 32, torch.device("cpu"))
 
 
 def test_data_of_other_classes_is_refused(checkpoint, monkeypatch):

@@ -582,6 +582,7 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
                         "{d}/classes.txt: not a readable image|give another"),
     "folder without images": (checkpoint(), EVAL + "--image {d}/images --pictures {d}/p", "{d}/images: no .jpg or .png in it"),
     "window below 32": (None, EVAL + "--window 8", "--window: must be at least 32"),
+    "no such device": (None, EVAL + "--device cuda", "--device cuda: no such device found; use --device cpu"),
     "nothing to compare": (None, "EVAL --compare {d}", "{d}: no results-val.json below it; run train.py"),
 }
 

@@ -576,7 +576,7 @@ def test_each_method_reads_the_maps_of_its_terms_and_nothing_else(method, kl):
     assert losses.METHODS.keys() >= OF_METHOD.keys()
     assert losses.METHODS[method].needs == needs and set(losses.METHODS[method].weights) == set(names.split())
     S, T, labels, few = made_up_outputs(needs)
-    terms = losses.METHODS[method].terms
+    terms = losses.METHODS[method].function
     terms = terms(S, T, labels) if kl == "forward" else terms(S, T, labels, kl)
     wanted = terms_by_definition(names.split(), S, T, labels, few, kl)
     assert set(terms) == set(wanted)

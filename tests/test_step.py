@@ -58,7 +58,7 @@ def test_every_term_is_finite_float32_under_bf16_autocast_and_close_to_float32(n
             with torch.no_grad():
                 T = teacher(images)
                 T = T._replace(embedding=pool(T.feature))
-            terms = method.terms(net(images), T, labels)
+            terms = method.function(net(images), T, labels)
             loss = losses.total_loss(terms, method.weights)
         gradients = torch.autograd.grad(loss, net.student.parameters())
         return terms, torch.cat([g.flatten() for g in gradients])
