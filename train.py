@@ -55,7 +55,7 @@ def distil(args, data, teacher, pool):
     # one rate for all parameters; biases and norms are not spared weight decay
     optimizer = torch.optim.AdamW(module.parameters(), args.lr, weight_decay=0.01, fused=bool(args.gpus))
     run = Run(args, data, "student", module, optimizer, network=student, shown={"teacher": teacher, "student": student})
-    unlabelled = unlabelled_slots(data, args.batch_size) if "A_v" in method.needs else 0  # only V needs no label
+    unlabelled = unlabelled_slots(data, args.batch_size) if "A_v" in method.needs else 0  # V^S, V^T need no label
 
     for step, images, labels in run.batches(unlabelled):
         run.set_rate(schedule(step, args.steps, args.warmup, power=1))

@@ -96,7 +96,7 @@ def gradients(args, images, labels):
         for args.method, args.kl in EXACT:
             args.term_weights, needs, steps = train.term_weights(args), losses.METHODS[args.method].needs, []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train, "Run", lambda args, data, stage, module, *_: steps.append(
+                patch.setattr(train, "Run", lambda args, data, stage, module, *_, **__: steps.append(
                     OneStep(args, (images[mine], labels[mine]), module)) or steps[0])
                 patch.setattr(train, "Student", lambda *_: copy.deepcopy(student))  # drawn once
                 train.distil(args, nothing, teacher if needs else None, pool if "A_l" in needs else None)
@@ -136,7 +136,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(both, name):
 
 def matrices(args, folder):
     torch.manual_seed(0)
-    model = Student("mit_nano", 8)
+    model = Student("mit_nano", 8).eval()
     pictures = data.open_dataset("folder", folder)
     return [evaluate(model, pictures, "val", 32, 32, args.device, images=n) for n in (None, 4, 1)]
 

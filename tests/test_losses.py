@@ -695,8 +695,8 @@ def test_training_leaves_teacher_and_pool_bitwise_unchanged(options, monkeypatch
     started = {}
 
     class Run(train.Run):
-        def __init__(self, args, data, stage, module, optimizer, *rest):
-            super().__init__(args, data, stage, module, optimizer, *rest)
+        def __init__(self, args, data, stage, module, optimizer, **rest):
+            super().__init__(args, data, stage, module, optimizer, **rest)
             started.update((n, (p, p.detach().clone())) for n, p in module.named_parameters())
             assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in module.parameters()}
 
