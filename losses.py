@@ -6,7 +6,7 @@ Tensors in, unweighted scalars out (`total_loss` weights them); the caller keeps
     --------  ----------------  --------------------------------------------------------------  -------------
     y         labels            label map, 255 = ignore                                         B,H,W
     z^S, z^T  S.logits, ...     logits of student and teacher                                   B,K,h,w
-    F^S, F^T  S.feature, ...    last encoder feature, of C_S or C_T channels                    B,C,h,w
+    F^S, F^T  S.feature, ...    last map of the backbone (T: before ASPP; S: stage 4, normed)   B,C,h,w
     A_v(F^S)  S.projected       F^S in C_T channels, by a 1x1 convolution                       B,C_T,h,w
     e^S, e^T  S.embedding, ...  A_l(F^S): global mean, 1x1 convolution; P(F^T): attention pool  B,512
     V^S, V^T  V_S, V_T          A_v(F^S) and F^T, resized bilinearly to one grid                B,C_T,h,w
@@ -16,10 +16,11 @@ Tensors in, unweighted scalars out (`total_loss` weights them); the caller keeps
     m         m_S, m_T          margin: the logit of p_t, so p_t = sigmoid(m)                   B,H,W
     q         log_q_t, ...      the teacher's pair (p_t, p_nt) mixed with the label's (1, 0)    B,H,W
 
-S, T: the two networks' Outputs; K classes; H,W: size of the labels; h,w: the tensor's own grid. C2VKD's divergences are
-summed over their distribution (channels, coordinates, the pair) and averaged over everything else; `kl` is their
-direction: "forward" is KL(teacher || student), "reverse" is KL(student || teacher). Everything is at least float32.
-Comments that begin with "differs" or "unstated" are where paper, the authors' release of code and this file part.
+S, T: the two networks' Outputs; K classes; C_S, C_T channels; H,W: size of the labels; h,w: the tensor's own grid;
+X^T, Y^T, Z^T, D^T: transposed. C2VKD's divergences are summed over their distribution (channels, coordinates, the pair)
+and averaged over images and places (PDD: labelled pixels); `kl` is their direction, "forward" KL(teacher || student) or
+"reverse" KL(student || teacher). Everything is at least float32. Comments that begin with "differs" or "unstated" are where
+paper, the authors' release of code and this file part.
 """
 import math
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def c2vkd(S, T, labels, kl="forward"):
 
 def divergence(log_S, log_T, dim, kl):
     """KL(teacher || student) if kl is "forward", KL(student || teacher) if "reverse", summed over `dim`."""
-    # differs: paper writes KL(student || teacher), release calls F.kl_div(student, teacher), which computes
+    # differs: paper writes KL(student || teacher), release (Eq. 3-4) calls F.kl_div(student, teacher), which computes
     # KL(teacher || student), here the latter by default
     log_a, log_b = {"forward": (log_T, log_S), "reverse": (log_S, log_T)}[kl]  # KL(a || b)
     return (log_a.exp() * (log_a - log_b)).sum(dim)
@@ -71,7 +72,7 @@ def divergence(log_S, log_T, dim, kl):
 def visual_maps(S, T):
     """V^S, V^T (B,C_T,h,w): A_v(F^S) and F^T on one grid."""
     # differs: paper states none, release 32x32, here twice F^S's grid, at most F^T's: 32x32 for the published students
-    # at crop 512
+    # at crop 512 with a teacher of stride 8 or 16
     grid = [min(2 * s, t) for s, t in zip(S.feature.shape[2:], T.feature.shape[2:])]
     return resize(S.projected, grid), resize(T.feature, grid)
 
@@ -89,7 +90,7 @@ def global_visual_loss(V_S, V_T, kl="forward"):
 
 
 def patch_rows(V):
-    """Eq. 5: V (B,C,h,w) -> N = B h w rows of C channels, each divided by its L2 norm, then centred."""
+    """Eq. 5: V (B,C,h,w) -> N = B h w rows of C channels, each divided by its L2 norm, then less its mean."""
     rows = at_least_float32(V).flatten(2).transpose(1, 2).flatten(0, 1)  # N,C
     rows = F.normalize(rows, dim=1)
     return rows - rows.mean(1, keepdim=True)
@@ -100,12 +101,13 @@ def patch_loss(V_S, V_T):
 
     M = X X^T, X the rows of Eq. 5. V_S, V_T: (B,C,h,w).
     """
-    # differs: paper and release have M = X X^T / (C-1), here no 1/(C-1), with which the term is (C-1)^2 times smaller.
-    # M is nearly the cosines; not quite, because centred rows are no unit rows (M^T_ii is about 0.3-0.7 behind a ReLU)
+    # differs: paper M = X X^T / (C-1), release the same of unit rows, then centred, over all images, here the release's
+    # without 1/(C-1), which makes the term (C-1)^2 times smaller. Centred rows are no longer unit rows, so M holds no
+    # cosines: the teacher's M_ii is about 0.3-0.7, behind a ReLU
     with torch.autocast(V_S.device.type, enabled=False):  # half precision would round the products
         X, Y = patch_rows(V_S), patch_rows(V_T)
         N, C = X.shape
-        if N < C and process_count() == 1:  # the definition; it needs all rows in one process
+        if N < C and process_count() == 1:  # the definition, cheaper there; it needs all rows in one process
             M_S, M_T = X @ X.T, Y @ Y.T
             return (M_S - M_T).square().mean()
         return mean_squared_difference_of_affinities(X, Y)  # the same number from C,C matrices
@@ -129,15 +131,15 @@ def margin(z, labels):
 def pdd_loss(z_S, z_T, labels, kl="forward"):
     """Eq. 9: L_PDD = mean over labelled pixels of 1/2 sum_{t, nt} q_i (log q_i - log p_i); reverse: p and q swapped.
 
-    p: the student's pair; q_t = (p_t^T + 1)/2, q_nt = (p_nt^T + 0)/2; temperature 1. 1/2 is alpha = beta: only equal
-    ones have their minimum at p = q. z_S, z_T: (B,K,h,w), resized to labels (B,H,W) here.
-    Forward, this is 1/2 BCE-with-logits(m_S, q_t) less a constant: cross-entropy whose target the teacher softens. A
-    pixel's derivative in z_y, 1/2 (p_t - q_t), is at least 1/4 in size where p_t = 0, so a class that the student does
-    not predict yet is learnt; the reverse one's, 1/2 p_t p_nt (m_S - logit q_t), vanishes there.
+    p: the student's pair; q_t = (p_t^T + 1)/2, q_nt = (p_nt^T + 0)/2; temperature 1. 1/2 is the paper's weight of each
+    summand, alpha = beta: only equal ones have their minimum at p = q. z_S, z_T: (B,K,h,w), resized to labels (B,H,W).
+    Forward, this is 1/2 BCE-with-logits(m_S, q_t) less a constant: cross-entropy whose target the teacher softens. One
+    pixel's summand has the derivative 1/2 (p_t - q_t) in its z_y, at least 1/4 in size where p_t = 0: a class that the
+    student does not predict yet keeps its gradient. The reverse one's, 1/2 p_t p_nt (m_S - logit q_t), vanishes there.
     """
     m_S, m_T = full_size(margin, z_S, labels), full_size(margin, z_T, labels)  # B,H,W; Eq. 8
     log_p_t, log_p_nt = F.logsigmoid(m_S), F.logsigmoid(-m_S)
-    # differs: paper p^T + y, release missing, here (p^T + y)/2, a distribution; forward, this halves the loss
+    # differs: paper p^T + y, release missing, here (p^T + y)/2, a distribution; forward, this halves the gradient
     log_q_t = torch.log1p(-torch.sigmoid(-m_T) / 2)
     log_q_nt = F.logsigmoid(-m_T) - math.log(2)
     pair_S, pair_q = torch.stack([log_p_t, log_p_nt]), torch.stack([log_q_t, log_q_nt])  # 2,B,H,W
@@ -181,7 +183,7 @@ def mean_squared_difference_of_affinities(X, Y):
 
     With D = X - Y and Z = X + Y: X X^T - Y Y^T = 1/2 (D Z^T + Z D^T), so that exactly
         || X X^T - Y Y^T ||^2 = 1/2 [ <D^T D, Z^T Z> + tr((Z^T D)^2) ].
-    Unlike a difference of three Grams, this loses no digits where X is close to Y row by row.
+    Unlike ||X^T X||^2 + ||Y^T Y||^2 - 2 ||X^T Y||^2, this loses no digits where X is close to Y row by row.
     """
     D, Z = X - Y, X + Y
     DD, ZZ, ZD = all_sum(torch.stack([D.T @ D, Z.T @ Z, Z.T @ D]))  # C,C each: sums over all patches
@@ -213,7 +215,8 @@ def all_sum(x):
 
 # ---------------------------------------------------------------- the losses of other methods
 # Logits z, maps before the classifiers and labels lie on one grid, except where a function says otherwise; ignored
-# pixels are left out, except by fitnet_loss. A published weight holds only with the reduction that is given here.
+# pixels are left out, except by fitnet_loss. The reductions are those of the sources in METHODS:
+# a published weight holds with its own alone.
 
 def cross_entropy(z_S, labels):
     """Pixel-wise cross-entropy, mean over labelled pixels. z_S: (B,K,h,w), resized to labels (B,H,W)."""
@@ -247,9 +250,10 @@ def cwd_loss(z_S, z_T, labels, temperature=4.0):
 
 
 def skd_loss(map_S, map_T, labels):
-    """SKD, 1903.04197, pair-wise: mean squared difference of the cosines of all pairs of 2x2 max-pooled positions.
+    """SKD, 1903.04197, pair-wise: mean squared difference of the cosines of all pairs of positions of an image.
 
-    map_S, map_T: (B,C,h,w), the channels may differ. Mean over all pairs within an image; without the adversarial part.
+    map_S, map_T: (B,C,h,w), the channels may differ; first max-pooled in 2x2 windows of stride 2, as in CIRKD (the
+    authors' windows are half the map). Windows without labels are left out; so is the adversarial part.
     """
     valid = (labels != IGNORE)[:, None]
     mask = F.max_pool2d(valid.float(), 2, 2, ceil_mode=True).flatten(2) > 0  # B,1,n
@@ -388,7 +392,7 @@ def fitnet(S, T, labels):
     return ce(S, T, labels) | {"fitnet": fitnet_loss(*visual_maps(S, T))}
 
 
-# the controls: is it PDD and VLFD, or is it any hint?
+# the controls: is it VLFD, or any hint? PDD, or cross-entropy as well?
 
 def pdd_fitnet(S, T, labels, kl="forward"):
     return {"pdd": pdd_loss(S.logits, T.logits, labels, kl), "fitnet": fitnet_loss(*visual_maps(S, T))}
@@ -421,9 +425,9 @@ METHODS = {
     "ifvd": Method(ifvd, KD | {"ifvd": 20.0}, source="CIRKD's script; without its adversarial part"),
     "at": Method(at, KD | {"at": 10000.0}, source="CIRKD's script; the last map only"),
     "dist": Method(dist, {"ce": 1.0, "dist": 1.0}, source="its authors' segmentation script"),
-    # at mdistiller's weight 1.0 its gradient in the encoder was 8 times cross-entropy's
+    # at mdistiller's weight 1.0 its gradient in the encoder was 8 times cross-entropy's on CamVid
     "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}, source="ours, chosen on CamVid val; the rest mdistiller's"),
-    "deit": Method(deit, {"ce": 0.5, "deit": 0.5}, source="paper; one head instead of a distillation token"),
+    "deit": Method(deit, {"ce": 0.5, "deit": 0.5}, source="DeiT's paper; one head instead of a distillation token"),
     "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, "teacher A_v", "CIRKD's script; without its KD term"),
     "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, "teacher A_v", "ours, a control"),
     "vlfd": Method(vlfd, {"ce": 1.0} | VLFD, "teacher A_v A_l", "ours, a control"),
@@ -432,7 +436,7 @@ METHODS = {
 
 def c2vkd_weights(units, c_teacher, embedding=512):
     """The release's weights of C2VKD's feature terms, 0.1, 0.1, 0.5: "summed" applies the numbers to our reductions;
-    "released" reproduces its own, KL averaged over every element and affinity over C - 1: nearly inert."""
+    "released" reproduces its units, KL averaged over every element, affinity divided by C - 1: nearly inert."""
     return {"summed": {"pdd": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5},
             "released": {"pdd": 1.0, "gb": 0.1 / c_teacher, "pc": 0.1 / (c_teacher - 1) ** 2,
                          "lc": 0.5 / embedding}}[units]

@@ -231,7 +231,7 @@ class Run:
             group["lr"] = group["initial_lr"] * factor
 
     def log(self, terms, norms={}):
-        """After a step: count it, keep its terms; where a row of the log is due, validate if due too, write it, save."""
+        """After a step: count it, keep its terms; where a row of the log is due, validate if due, write it, save."""
         self.step += 1
         self.values.append(torch.stack([terms[n].detach().float() for n in self.weights]))
         self.norms |= norms
