@@ -19,8 +19,8 @@ Tensors in, unweighted scalars out (`total_loss` weights them); the caller keeps
 S, T: the two networks' Outputs; K classes; C_S, C_T channels; H,W: size of the labels; h,w: the tensor's own grid;
 X^T, Y^T, Z^T, D^T: transposed. C2VKD's divergences are summed over their distribution (channels, coordinates, the pair)
 and averaged over images and places (PDD: labelled pixels); `kl` is their direction, "forward" KL(teacher || student) or
-"reverse" KL(student || teacher). Everything is at least float32. Comments that begin with "differs" or "unstated" are where
-paper, the authors' release of code and this file part.
+"reverse" KL(student || teacher). Everything is at least float32. Comments that begin with "differs" or "unstated"
+say where paper, the authors' release of code and this file part.
 """
 import math
 from collections.abc import Callable
