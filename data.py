@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torchvision.datasets import Cityscapes
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
@@ -67,17 +67,19 @@ class DataSet:
     def read(self, split, index):
         """Image (PIL, RGB) and label (uint8 array, H,W) at their size on disk. Raises InputError naming the file."""
         image_path, label_path = self.pairs[split][index]
-        image = _open(image_path).convert("RGB")
+        image = read_image(image_path)
         if label_path is None:
             return image, np.full(image.size[::-1], IGNORE, np.uint8)
         raw = _open(label_path)
         if raw.mode not in ("L", "P", "1"):
             raise LabelInputError(f"{label_path}: mode {raw.mode}, but a label has one index byte a pixel; "
                                   "convert it to class indices")
+        if self.name == "folder" and raw.mode == "P":
+            self._refuse_other_palette(raw, label_path)
         raw = np.array(raw, dtype=np.uint8)
         if raw.shape != image.size[::-1]:
-            raise InputError(f"{label_path}: {raw.shape[1]}x{raw.shape[0]}, but its image is "
-                             f"{image.width}x{image.height}; make the two the same size")
+            raise InputError(f"{label_path}: {raw.shape[1]}x{raw.shape[0]}, but its image is {image.width}x"
+                             f"{image.height} (turned as its EXIF tag says); make the two the same size")
         label = self.lut[raw]
         if (label < 0).any():
             values, counts = np.unique(raw[label < 0], return_counts=True)
@@ -86,15 +88,33 @@ class DataSet:
                                   "correct the label or add the class (255 = ignore)")
         return image, label.astype(np.uint8)
 
+    def _refuse_other_palette(self, raw, path):
+        """Programs that reduce a colour picture to a palette number the colours as they like."""
+        flat = raw.getpalette("RGB")
+        shown = {index: tuple(flat[3 * index:3 * index + 3]) for _, index in raw.getcolors() if index != IGNORE}
+        wrong = [index for index, colour in shown.items() if [colour] != self.palette[index:index + 1]]
+        if wrong and all(colour in self.palette for colour in shown.values()):
+            name = self.classes[self.palette.index(shown[wrong[0]])]
+            raise LabelInputError(f"{path}: index {wrong[0]} has the colour of {name}, which is another class in "
+                                  "classes.txt; convert it to class indices")
+
+
+def read_image(path):
+    """A picture (PIL, RGB), turned as its EXIF tag says. Raises InputError naming the file."""
+    image = _open(path)
+    if image.mode[0] in "IF":  # PIL would clip to 255
+        raise InputError(f"{path}: mode {image.mode}, more than 8 bits a channel; save it with 8")
+    return image.convert("RGB")
+
 
 def _open(path):
     try:
-        image = Image.open(path)
-        image.load()
-        return image
+        return ImageOps.exif_transpose(Image.open(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; restore it or remove its partner") from None
-    except (OSError, SyntaxError, ValueError) as e:
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; cut it into tiles") from None
+    except (OSError, SyntaxError, ValueError, TypeError) as e:
         raise InputError(f"{path}: truncated or not an image ({e}); get it again") from None
 
 
@@ -123,8 +143,10 @@ def open_dataset(name, root=None, missing_ok=False):
 
 def _pair_up(images, labels):
     """Every image of a folder with the label of the same stem, or with None where `labels` is None."""
-    images = sorted(p for p in images.glob("*") if p.suffix.lower() in SUFFIXES)
-    return [(p, labels and labels / f"{p.stem}.png") for p in images]
+    paths = sorted(p for p in images.glob("*") if p.suffix.lower() in SUFFIXES)
+    if len({p.stem for p in paths}) < len(paths):
+        raise InputError(f"{images}: two images share their name but for the ending, and so their label; rename one")
+    return [(p, labels and labels / f"{p.stem}.png") for p in paths]
 
 
 def _lut(values):
@@ -146,15 +168,16 @@ def _folder(root):
     if not path.is_file():
         raise InputError(f"{path}: no such file; write one line a class: name R G B")
     classes, palette = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         words = line.split()
         name, colour = " ".join(words[:-3]), words[-3:]
         if not name or not all(c.isdecimal() and int(c) < 256 for c in colour):
             raise InputError(f"{path}, line {number}: {line!r} is not 'name R G B' with three numbers 0..255")
         classes.append(name)
         palette.append(tuple(int(c) for c in colour))
-    if not 2 <= len(classes) <= 255:
-        raise InputError(f"{path}: {len(classes)} classes; 2 to 255 are possible")
+    if not 2 <= len(set(classes)) == len(classes) <= 255:
+        raise InputError(f"{path}: {len(classes)} classes, {len(set(classes))} names; 2 to 255, all different, are "
+                         "possible")
     pairs = {s: _pair_up(root / "images" / s, root / "labels" / s) for s in ("train", "val", "test")}
     pairs["unlabelled"] = _pair_up(root / "images" / "unlabelled", None)
     return classes, palette, pairs, _lut(range(len(classes)))
@@ -435,26 +458,32 @@ keep a copy of labels/ first:
     for path in Path({root!r}).glob("labels/*/*.png"):
         if (image := Image.open(path)).mode != "L":
             red, green, blue = np.array(image.convert("RGB")).T
-            Image.fromarray(index[red, green, blue].T).save(path)
+            label, raw = index[red, green, blue].T, np.array(image)
+            # class indices below a palette of other colours stay
+            if image.mode != "P" or 255 not in label[raw < 255] or (raw[raw < 255] >= {classes}).any():
+                Image.fromarray(label).save(path)
 """
 
 
 def check(data):
     """Read every file of every split and print each fault as one line.
 
-    Returns how many pairs are faulty, and a Counter of the colours in labels that hold no class indices.
+    Returns how many pairs are faulty, a Counter of the colours in labels that hold no class indices, and how many
+    pixels of the other labels each class (256: 255 = ignore) has.
     """
-    faults, colours = 0, Counter()
+    faults, colours, pixels = 0, Counter(), np.zeros(256, np.int64)
     for split, pairs in data.pairs.items():
         for index in progress(range(len(pairs)), desc=f"checking {split}", unit="images"):
             try:
-                data.read(split, index)
+                label = data.read(split, index)[1]
+                if pairs[index][1]:
+                    pixels += np.bincount(label.ravel(), minlength=256)
             except InputError as e:
                 faults += 1
                 print(e)
                 if isinstance(e, LabelInputError):
                     colours += _colours(pairs[index][1])
-    return faults, colours
+    return faults, colours, pixels
 
 
 def _colours(path):
@@ -474,15 +503,18 @@ def main():
     parser.add_argument("--data", help="its folder (default: data/NAME)")
     args = parser.parse_args()
     data = open_dataset(args.dataset, args.data, missing_ok=True)
-    faults, colours = check(data)
+    faults, colours, pixels = check(data)
     if colours and args.dataset == "folder":
         known = dict(enumerate(data.classes)) | {IGNORE: "ignored"} | dict(zip(data.palette, data.classes))
         print(f"{len(colours)} colours or values in labels that hold no class indices, the commonest and their share:")
         for colour, count in colours.most_common(12):
             print(f"  {colour}  {count / colours.total():.1%}  {known.get(colour, 'not in classes.txt')}")
         if any(isinstance(colour, tuple) for colour in colours):
-            print(CONVERT.format(root=args.data or "data/folder"))
+            print(CONVERT.format(root=args.data or "data/folder", classes=len(data.classes)))
     counts = ", ".join(f"{s}: {len(p)} images" for s, p in data.pairs.items())
+    missing = [name for name, count in zip(data.classes, pixels) if not count]
+    print(f"ignored: {pixels[IGNORE] / max(1, pixels.sum()):.1%} of the labels' pixels; classes without a pixel: "
+          f"{', '.join(missing) or 'none'}")
     print(f"{counts}, {len(data.classes)} classes, {faults} faulty")
     if faults:
         raise InputError(f"{faults} faulty files are listed above; mend or remove them")
@@ -502,11 +534,15 @@ def command(main):
     """Run a script's `main`, turning what a user can mend into one line on stderr and an exit code."""
     code = 2
     try:
-        return main()
+        main()
+        return sys.stdout.flush()
     except InputError as e:
         message = f"error: {str(e).rpartition('InputError: ')[2]}"  # a loader process puts its traceback in front
     except torch.cuda.OutOfMemoryError as e:
         message = f"error: out of GPU memory ({str(e).splitlines()[0]}): lower --batch-size or --crop"
+    except BrokenPipeError:  # the reader of a pipe, as in `| head`, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
         if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise  # nothing to mend in a path or on the disk: the traceback says more
@@ -525,12 +561,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def at_least(least, kind=int):
+def at_least(least, kind=int, below=math.inf):
     """A `type` for argparse: finite numbers from `least` up."""
     def number(text):
         value = kind(text)
-        if not least <= value < math.inf:  # NaN fails every comparison
-            raise argparse.ArgumentTypeError(f"must be at least {least} and finite, not {text}")
+        if not least <= value < below:  # NaN fails every comparison
+            limit = "finite" if below == math.inf else f"below {below}"
+            raise argparse.ArgumentTypeError(f"must be at least {least} and {limit}, not {text}")
         return value
     return number
 

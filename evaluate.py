@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 
 from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, Parser, at_least, command, load_checkpoint,
-                  load_strictly, normalise, open_dataset, progress, quiet_worker, resize_short_side, spread,
+                  load_strictly, normalise, open_dataset, progress, quiet_worker, read_image, resize_short_side, spread,
                   write_atomically)
 from losses import METHODS
 from student import VARIANTS, Student, count_parameters
@@ -316,7 +316,7 @@ def read_runs(folder, split):
     """
     runs, seen = {}, {}
     for path in sorted(Path(folder).rglob(f"results-{split}.json")):
-        result = json.loads(path.read_text())
+        result = read_scores(path)
         if result.get("method") in (None, "teacher"):
             continue
         conditions = result["conditions"] | {"step": result["step"]}
@@ -325,14 +325,18 @@ def read_runs(folder, split):
             raise InputError(f"{path}: differs from {seen[differing[0]][1]} in {', '.join(differing)}; "
                              "compare runs of the same conditions")
         name = result.get("label") or result["method"]
-        if result["seed"] in runs.setdefault(name, {}):
+        others = runs.setdefault(name, {})
+        if result["seed"] in others:
             raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
+        if any(other.get("options") != result.get("options") for other in others.values()):
+            raise InputError(f"{path}: another seed of {name} had other options ({result.get('options')} here); "
+                             "such runs need another --name")
         val = path.with_name("results-val.json")
-        on_val = json.loads(val.read_text()) if val.exists() else {}
+        on_val = read_scores(val) if val.exists() else {}
         if on_val.get("step") != result["step"]:
             raise InputError(f"{val}: missing or of another step than {path.name}, and the best baseline is chosen on "
                              "val; run evaluate.py on the last.pt beside it")
-        runs[name][result["seed"]] = result | {"val": on_val["miou"]}
+        others[result["seed"]] = result | {"val": on_val["miou"]}
     if not runs:
         raise InputError(f"{folder}: no results-{split}.json below it; run train.py, or evaluate.py --split {split}")
     return runs
@@ -477,8 +481,16 @@ def write_json(path, value):
 
 def write_scores(folder, split, result, state):
     """results-SPLIT.json, which `compare` reads: `scores` and what it has to know of their network."""
-    write_json(folder / f"results-{split}.json",
-               result | {k: state.get(k) for k in ("label", "method", "seed", "conditions", "classes", "step")})
+    keys = ("label", "method", "seed", "conditions", "options", "classes", "step")
+    write_json(folder / f"results-{split}.json", result | {k: state.get(k) for k in keys})
+
+
+def read_scores(path):
+    """What `write_scores` wrote. Raises InputError where it cannot be read."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{path}: not readable; remove it and run evaluate.py on the last.pt beside it") from None
 
 
 # ---------------------------------------------------------------- commands
@@ -495,9 +507,13 @@ def _evaluate_checkpoint(args, model, state):
     result = scores(matrix)
     print(table([(state["name"], count_parameters(model), None, result)], data.classes))
     # only the standard protocol on the run's own data is compared
-    own = data.name == state["dataset"] and (not args.data or os.path.abspath(args.data) == state.get("data"))
-    if own and args.window == state["window"] and not (args.stride or args.flip):
+    its = state.get("data")
+    own, here = (os.path.abspath(folder or f"data/{data.name}") for folder in (its, args.data or its))
+    standard = args.window == state["window"] and not (args.stride or args.flip)
+    if data.name == state["dataset"] and own == here and standard:
         write_scores(Path(args.checkpoint).parent, args.split, result, state)
+    else:
+        print("not kept for --compare: other data, window, --stride or --flip than the run's own")
     if args.pictures:
         Path(args.pictures).mkdir(parents=True, exist_ok=True)
         path = Path(args.pictures) / f"{args.split}.png"
@@ -511,6 +527,9 @@ def _overlays(args, model, state):
         files += sorted(p for p in item.iterdir() if p.suffix.lower() in SUFFIXES) if item.is_dir() else [item]
     if not files:
         raise InputError(f"{args.image[0]}: no .jpg or .png in it")
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give another --image")
     if len({p.stem for p in files}) < len(files):
         raise InputError("two --image files share their name but for folder or ending, and so their picture; "
                          "colour them apart")
@@ -519,10 +538,7 @@ def _overlays(args, model, state):
         raise InputError(f"{out}: holds the images themselves, which would be overwritten; give another --pictures")
     out.mkdir(parents=True, exist_ok=True)
     for path in progress(files, desc=f"overlays to {out}", unit="images"):
-        try:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        except OSError as e:
-            raise InputError(f"{path}: not a readable image ({e.strerror or e}); give another --image") from None
+        image = read_image(path)
         small = torch.from_numpy(np.array(resize_short_side(image, state["base"]))).permute(2, 0, 1)
         prediction = predict(model, small.to(args.device), image.size[::-1], args.window, args.stride, args.flip,
                              args.batch_size).cpu()
@@ -597,14 +613,15 @@ def main():
     how.add_argument("--workers", type=at_least(0), default=8 if gpu else 0, metavar="N",
                      help="processes that decode images (default 8 with a GPU, else 0)")
     how.add_argument("--pictures", metavar="DIR", help="where pictures go")
-    how.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu (default: cuda if there is one)")
+    how.add_argument("--device", default="cuda" if gpu else "cpu", choices=("cuda", "cpu"),
+                     help="default: cuda if there is one")
     args = parser.parse_args()
     if args.compare:
         return _compare(args)
     if not args.checkpoint:
         parser.error("--checkpoint FILE or --compare DIR is needed")
-    if args.device != "cpu" and not gpu:
-        raise InputError(f"--device {args.device}: no such device found; use --device cpu")
+    if args.device == "cuda" and not gpu:
+        raise InputError("--device cuda: no such device found; use --device cpu")
     model, state = load_network(args.checkpoint, args.device)
     args.window = None if args.whole else args.window or state["window"]
     act = _export if args.export else _overlays if args.image else _evaluate_checkpoint

@@ -228,7 +228,7 @@ def cross_entropy(z_S, labels):
 
 
 def kd_loss(z_S, z_T, labels, temperature=1.0):
-    """Hinton et al., 1503.02531, pixel-wise: t^2 KL(softmax(z_T/t) || softmax(z_S/t)), t the temperature.
+    """Hinton et al., 1503.02531, pixel-wise: tau^2 KL(softmax(z_T/tau) || softmax(z_S/tau)), tau = temperature.
 
     Summed over classes, averaged over labelled pixels.
     """
@@ -237,9 +237,9 @@ def kd_loss(z_S, z_T, labels, temperature=1.0):
 
 
 def cwd_loss(z_S, z_T, labels, temperature=4.0):
-    """CWD, 2011.13256, on logits: t^2/(B K) sum over images and classes of the KL between softmaxes over positions.
+    """CWD, 2011.13256, on logits: tau^2/(B K) sum over images and classes of the KL between softmaxes over positions.
 
-    KL(teacher || student), t the temperature.
+    KL(teacher || student), tau = temperature.
     """
     def over_positions(z):
         # not -inf, which would give 0 * (inf - inf) in the divergence
@@ -316,9 +316,9 @@ def dist_loss(z_S, z_T, labels):
 
 
 def dkd_loss(z_S, z_T, labels, alpha=1.0, beta=8.0, temperature=4.0):
-    """DKD, 2203.08679, pixel-wise: t^2 mean over pixels of alpha TCKD + beta NCKD (mdistiller's alpha, beta, t).
+    """DKD, 2203.08679, pixel-wise: tau^2 mean over pixels of alpha TCKD + beta NCKD (mdistiller's values).
 
-    TCKD: KL of the pairs (target, all others); NCKD: KL of the softmaxes over the other classes; t the temperature.
+    TCKD: KL of the pairs (target, all others); NCKD: KL of the softmaxes over the other classes; tau = temperature.
     """
     z_S, z_T = at_least_float32(z_S) / temperature, at_least_float32(z_T) / temperature
     m_S, m_T = margin(z_S, labels), margin(z_T, labels)

@@ -186,8 +186,8 @@ class Student(nn.Module):
 class StudentWithHeads(nn.Module):
     """What is trained: (B,3,H,W) -> the student's Outputs, and in them what the losses alone need.
 
-    projected: A_v(F^S) (B,C_T,h_4,w_4), a 1x1 convolution without bias; embedding: e^S = A_l(F^S) (B,512), global
-    average pool, then the same. needs: the words A_v, A_l, whichever the method reads. Neither is deployed.
+    projected: A_v(F^S) (B,C_T,h_4,w_4), a 1x1 convolution without bias; embedding: e^S = A_l(F^S) (B,512), the mean
+    over positions, then a 1x1 convolution. needs: the words A_v, A_l, whichever the method reads. Neither is deployed.
     """
 
     def __init__(self, student, c_teacher=None, seed=0, needs="A_v A_l"):

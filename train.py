@@ -31,8 +31,8 @@ from tqdm import tqdm
 import losses
 from data import (DATASETS, InputError, Parser, TrainStream, at_least, command, load_checkpoint, load_strictly,
                   normalise, open_dataset, progress, quiet_worker, save_tensors, unlabelled_slots, write_atomically)
-from evaluate import (commonest, comparison, evaluate, load_network, report, report_terms, scores, table, write_json,
-                      write_scores)
+from evaluate import (commonest, comparison, evaluate, load_network, read_scores, report, report_terms, scores, table,
+                      write_json, write_scores)
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
 from teacher import (TEACHERS, PoolFitter, Teacher, average_precision, initialise, load_clip_pool, pool_grid,
                      presence)
@@ -195,10 +195,15 @@ class Run:
         state = load_checkpoint(path, ("step", "run_seed", "optimizer", "module", "stage_conditions"))
         found = state["stage_conditions"]
         differing = [f"{k} (there {found.get(k)}, here {v})" for k, v in self.conditions.items() if found.get(k) != v]
+        if state.get("classes", self.data.classes) != self.data.classes and not differing:
+            differing = ["names or order of the classes"]
+        other = "choose another --out or --name" if self.stage == "student" else "choose another --out"
         if differing:
-            raise InputError(f"{path}: from a different experiment: {'; '.join(differing)}; "
-                             "choose another --out or --name, or give its options")
-        load_strictly(self.module, state["module"], path, f"this {self.stage}", "choose another --out or --name")
+            raise InputError(f"{path}: from a different experiment: {'; '.join(differing)}; {other}, or give its "
+                             "options")
+        if state.get("data") != self.description.get("data"):
+            print(f"NOTE: {path} was trained on --data {state['data']}: if that held other images, {other}")
+        load_strictly(self.module, state["module"], path, f"this {self.stage}", other)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seed = state["step"], state["run_seed"]
 
@@ -345,6 +350,7 @@ def experiment(args, data, stage):
     if "A_v" in losses.METHODS[args.method].needs:
         own |= {"unlabelled_images": len(data.pairs.get("unlabelled", ()))}
     description |= {"name": args.student, "method": args.method, "seed": args.seed, "conditions": conditions,
+                    "options": {k: v for k, v in own.items() if k not in ("method", "seed")},
                     "label": args.name and args.name.removesuffix(f"-seed{args.seed}")}
     name = args.name or f"{args.method}-{args.student}-seed{args.seed}"
     return folder / name, args.steps, args.term_weights, conditions | own, description
@@ -380,6 +386,8 @@ def train(args):
         load_clip_pool(args.clip, TEACHERS[args.teacher].channels, grid=16)
     aside = [] if args.method == "teacher" else \
         load_encoder(Student(args.student, len(data.classes)).encoder, args.student, args.student_weights)
+    if needs and not given and not args.gpus and args.batch_size == args.processes:
+        raise InputError(f"--batch-size {args.batch_size}: the teacher's BatchNorm needs two images a process on CPUs")
     announce(args, data, needs, given, aside)
 
     teacher = pool = student = None
@@ -468,6 +476,8 @@ def report_pool(fitter, teacher, args, data):
     truth = torch.cat(truth)
     frequency = truth.mean(0)
     some = (frequency > 0) & (frequency < 1)
+    if not some.any():
+        return print(f"pool: every class is in all of {count} val crops or in none, so that they teach it nothing")
     mean_precision = average_precision(torch.cat(found), truth)[some].mean()
     every = [name for name, f in zip(data.classes, frequency) if f == 1]
     print(f"pool: mean average precision on {count} val crops {100 * mean_precision:.1f}, class frequency alone "
@@ -479,7 +489,7 @@ def report_run(args, data, teacher, given_scores, student):
     entries = {}
 
     def add(label, network, folder):
-        result = json.loads((folder / "results-val.json").read_text())
+        result = read_scores(folder / "results-val.json")
         entries[label] = network, result, folder / "log.csv"
 
     if given_scores:
@@ -562,7 +572,7 @@ def parse_options(argv=None):
     g = p.add_argument_group("machine")
     g.add_argument("--gpus", type=at_least(0), metavar="N", help="default 1 if there is one, else 0: the CPU")
     g.add_argument("--workers", type=at_least(0), metavar="N", help="loader processes (default 8 a GPU, 0 on a CPU)")
-    g.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="default 0")
+    g.add_argument("--seed", type=at_least(0, below=2**32), default=0, metavar="N", help="default 0")
     g.add_argument("--deterministic", action="store_true", help="bitwise repeatable on CUDA, slower")
     g = p.add_argument_group("reports")
     g.add_argument("--log-every", default=20, **steps, help="steps a row of log.csv (default 20)")
@@ -596,6 +606,8 @@ def parse_options(argv=None):
         raise InputError(f"--clip: {args.method} uses no attention pool; it goes with --method c2vkd")
     if args.teacher_weights == "voc" and args.dataset != "voc":
         raise InputError("--teacher-weights voc: that model knows VOC's classes only; use imagenet, none or a FILE")
+    if args.name and (os.path.basename(args.name) != args.name or not args.name.strip(".")):
+        raise InputError(f"--name {args.name}: a name without folders; --out chooses the folder")
     args.term_weights = term_weights(args)
     return args
 
@@ -603,6 +615,8 @@ def parse_options(argv=None):
 def term_weights(args):
     """Weight of each term of the method after --weights. Raises InputError for a term it does not have."""
     if args.method == "teacher":
+        if args.weights:
+            raise InputError("--weights: the teacher's training has no terms to weigh; it goes with a method")
         return {}
     weights = dict(losses.METHODS[args.method].weights)
     if args.method == "c2vkd" and args.weights in (["summed"], ["released"]):

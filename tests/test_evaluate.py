@@ -406,7 +406,17 @@ def test_evaluation_prints_a_table_and_writes_the_result_beside_the_checkpoint(c
 @pytest.mark.parametrize("options", [["--whole"], ["--window", "40"], ["--stride", "16"], ["--flip"]])
 def test_results_of_other_protocols_are_printed_but_not_kept(checkpoint, options, monkeypatch, capsys):
     run(monkeypatch, "--checkpoint", checkpoint, *options)
-    assert "mIoU" in capsys.readouterr().out and not (checkpoint.parent / "results-val.json").exists()
+    out = capsys.readouterr().out
+    assert "mIoU" in out and "not kept for --compare" in out and not (checkpoint.parent / "results-val.json").exists()
+
+
+def test_the_default_folder_may_be_spelled_out(checkpoint, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "folder").symlink_to(root)
+    torch.save(torch.load(checkpoint) | {"data": None}, checkpoint)
+    run(monkeypatch, "--checkpoint", checkpoint, "--data", "data/folder")
+    assert (checkpoint.parent / "results-val.json").exists()
 
 
 def test_pictures_of_a_split(checkpoint, tmp_path, monkeypatch):
@@ -441,7 +451,7 @@ def test_images_are_never_overwritten_by_their_pictures(checkpoint, tmp_path, mo
     (["--window", "16"], "--window"), (["--stride", "0"], "--stride"), (["--batch-size", "0"], "--batch-size"),
     (["--workers", "-1"], "--workers"), (["--split", "test"], "no test split"),
     (["--image", "absent.png"], "absent.png"), (["--image", "{empty}"], "no .jpg or .png"),
-    (["--image", "{text}"], "not a readable image"),
+    (["--image", "{text}"], "truncated or not an image"), (["--device", "mps"], "--device: invalid choice"),
     (["--data", "absent"], "absent"), (["--checkpoint", "absent.pt"], "absent.pt"),
     (["--compare", "{empty}"], "no results-val.json")])
 def test_bad_options_are_one_sentence_that_names_them(checkpoint, tmp_path, options, named, monkeypatch):
@@ -586,6 +596,22 @@ def test_second_run_of_a_method_and_seed_is_refused(tmp_path):
     (tmp_path / "copy").mkdir()
     write_runs(tmp_path / "copy", {"ce": [51]})
     with pytest.raises(InputError, match="a second run of ce, seed 0; keep one"):
+        compare(tmp_path, "val")
+
+
+def test_seeds_of_other_options_are_not_averaged(tmp_path):
+    write_runs(tmp_path, {"ce": [50, 52], "c2vkd": [53]}, options={"kl": "forward"})
+    (tmp_path / "more").mkdir()
+    write_runs(tmp_path / "more", {"c2vkd": [None, 20]}, options={"kl": "reverse"})
+    with pytest.raises(InputError, match="c2vkd-seed1.*another seed of c2vkd had other options .*reverse.*another --name"):
+        compare(tmp_path, "val")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{\"method\":"])
+def test_results_that_cannot_be_read_are_named(tmp_path, text):
+    write_runs(tmp_path, {"ce": [50]})
+    (tmp_path / "ce-seed0" / "results-val.json").write_text(text)
+    with pytest.raises(InputError, match="ce-seed0/results-val.json: not readable; remove it and run evaluate.py"):
         compare(tmp_path, "val")
 
 

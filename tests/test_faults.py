@@ -305,9 +305,10 @@ def test_images_without_labels_are_half_of_a_batch_of_the_feature_losses_and_pla
     assert ignored == {"teacher-deeplabv3_resnet10": nobody, "pool": nobody, "ce-mit_nano-seed0": nobody,
                        "c2vkd-mit_nano-seed0": {(False, False, False, True)}}
 
+    capsys.readouterr()
     run(options(plain_one, tmp_path / "plain runs", *few, "--method", "ce"))  # the teacher's batches, too
     run(options(plain_one, tmp_path / "plain runs", *few, "--method", "teacher"))
-    assert "without labels" not in capsys.readouterr().out.splitlines()[-1]
+    assert "without labels" not in capsys.readouterr().out
     for stage, steps in seen.items():
         assert all(torch.equal(a, b) for step, pair in steps.items() for a, b in zip(pair, mixed_seen[stage][step]))
 
@@ -385,7 +386,20 @@ def test_a_chain_of_kills_ends_as_the_whole_run(folder, tmp_path, whole):
     ("--base 40", "base (there 32, here 40)")))
 def test_a_folder_of_another_experiment_is_refused_and_kept(folder, whole, capsys, change, found):
     message = error_of(train.main, options(folder, whole[0], *change.split()), capsys)
-    assert found in message and "last.pt: from a different experiment" in message and "choose another --out or --name" in message
+    assert found in message and "last.pt: from a different experiment" in message
+    assert ("choose another --out or --name, " if "mit_nano" in message else "choose another --out, ") in message
+    assert differing(*whole) == []
+
+
+def test_other_classes_are_refused_and_another_folder_is_noted(folder, whole, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    run(options(copy, whole[0]))
+    assert f"NOTE: {whole[0]}/folder/teacher-deeplabv3_resnet10/last.pt was trained on --data {folder}: if" in \
+        capsys.readouterr().out
+    lines = (copy / "classes.txt").read_text().splitlines()
+    (copy / "classes.txt").write_text("\n".join(lines[::-1]) + "\n")
+    message = error_of(train.main, options(copy, whole[0]), capsys)
+    assert "teacher-deeplabv3_resnet10/last.pt: from a different experiment: names or order of the classes" in message
     assert differing(*whole) == []
 
 
@@ -480,6 +494,22 @@ def put(path, pixels):
     Image.fromarray(pixels).save(path)
 
 
+def put_palette(path, colours):
+    """Indices 0, 1, ... in the colours of a palette."""
+    image = Image.open(path)
+    label = Image.fromarray((np.indices(image.size[::-1]).sum(0) % len(colours)).astype(np.uint8))
+    label.putpalette([c for rgb in colours for c in rgb])
+    label.save(path)
+
+
+def put_turned(d, h, w):
+    """An image that programs show as (w,h), with a label drawn on its pixels as they are stored, (h,w)."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((h, w, 3), np.uint8)).save(d / "images/train/0.jpg", exif=exif)
+    put(d / "labels/train/0.png", np.zeros((h, w), np.uint8))
+
+
 def classes(text):
     return lambda d: (d / "classes.txt").write_text(text)
 
@@ -518,6 +548,15 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
     "unknown label value": (lambda d: (put(d / "labels/train/0.png", np.full((40, 50), 7, np.uint8)),
                                        put(d / "images/train/0.jpg", np.zeros((40, 50, 3), np.uint8))), "",
                             "{d}/labels/train/0.png:|outside the 3 classes: 7 (2000 pixels)|correct the label or add the class"),
+    "palette in another order": (lambda d: put_palette(d / "labels/train/0.png", [(0, 0, 142), (70, 130, 180)]), "",
+                                 "{d}/labels/train/0.png: index 0 has the colour of car|convert it to class indices"),
+    "16-bit image": (lambda d: ((d / "images/train/0.jpg").unlink(),
+                                put(d / "images/train/0.png", np.zeros((40, 40), np.uint16))), "",
+                     "{d}/images/train/0.png: mode I;16, more than 8 bits|save it with 8"),
+    "image turned by its EXIF tag": (lambda d: put_turned(d, 40, 50), "",
+                                     "{d}/labels/train/0.png: 50x40, but its image is 40x50 (turned as its EXIF tag says)"),
+    "two images of one label": (lambda d: put(d / "images/train/0.png", np.zeros((9, 9, 3), np.uint8)), "",
+                                "{d}/images/train: two images share their name but for the ending"),
     "empty split": (lambda d: [p.unlink() for p in (d / "images/val").iterdir()], "", "{d}: no image of the val split|README"),
     "no classes.txt": (lambda d: (d / "classes.txt").unlink(), "", "{d}/classes.txt: no such file; write one line a class"),
     "classes.txt without a colour": (classes("road\nsky 1 2 3\n"), "", "{d}/classes.txt, line 1: 'road' is not"),
@@ -526,12 +565,17 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
     "classes.txt with an empty line": (classes("a 1 2 3\n\nb 1 2 3\n"), "", "{d}/classes.txt, line 2: ''"),
     "classes.txt in another encoding": (lambda d: (d / "classes.txt").write_bytes(b"\xff\xfe\n"), "",
                                     "{d}/classes.txt, line 1:|name R G B"),
-    "one class": (classes("road 1 2 3\n"), "", "{d}/classes.txt: 1 classes; 2 to 255"),
-    "no class": (classes(""), "", "{d}/classes.txt: 0 classes; 2 to 255"),
+    "two classes of one name": (classes("a 1 2 3\na 3 2 1\n"), "", "{d}/classes.txt: 2 classes, 1 names"),
+    "one class": (classes("road 1 2 3\n"), "", "{d}/classes.txt: 1 classes, 1 names; 2 to 255"),
+    "no class": (classes(""), "", "{d}/classes.txt: 0 classes, 0 names; 2 to 255"),
     "crop below 32": (None, "--crop 31", "--crop: must be at least 32"),
     "batch of one": (None, "--batch-size 1", "--batch-size: must be at least 2"),
     "no steps": (None, "--steps 0", "--steps: must be at least 1"),
     "negative seed": (None, "--seed -1", "--seed: must be at least 0"),
+    "seed beyond 32 bits": (None, f"--seed {2 ** 32}", f"--seed: must be at least 0 and below {2 ** 32}"),
+    "name that leaves the folder": (None, "--name ..", "--name ..: a name without folders"),
+    "name with a folder": (None, "--name a/b", "--name a/b: a name without folders"),
+    "weights without a student": (None, "--method teacher --weights gb=1", "--weights: the teacher's training has no"),
     "negative workers": (None, "--workers -1", "--workers: must be at least 0"),
     "validation every 0 steps": (None, "--val-every 0", "--val-every: must be at least 1"),
     "rate 0": (None, "--lr 0", "--lr: must be at least"),
@@ -577,9 +621,9 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
     "checkpoint of other classes": (checkpoint(classes=4), EVAL, "{d}/x.pt: trained on 4 classes|give its own --data"),
     "missing split": (checkpoint(), EVAL + "--split test", "no test split; choose another --split"),
     "missing image": (checkpoint(), EVAL + "--image {d}/no.jpg --pictures {d}/p",
-                      "{d}/no.jpg: not a readable image|give another"),
+                      "{d}/no.jpg: no such file; give another --image"),
     "text as picture": (checkpoint(), EVAL + "--image {d}/classes.txt --pictures {d}/p",
-                        "{d}/classes.txt: not a readable image|give another"),
+                        "{d}/classes.txt: truncated or not an image"),
     "folder without images": (checkpoint(), EVAL + "--image {d}/images --pictures {d}/p", "{d}/images: no .jpg or .png in it"),
     "window below 32": (None, EVAL + "--window 8", "--window: must be at least 32"),
     "no such device": (None, EVAL + "--device cuda", "--device cuda: no such device found; use --device cpu"),
