@@ -79,7 +79,7 @@ class DataSet:
         raw = np.array(raw, dtype=np.uint8)
         if raw.shape != image.size[::-1]:
             raise InputError(f"{label_path}: {raw.shape[1]}x{raw.shape[0]}, but its image is {image.width}x"
-                             f"{image.height} (turned as its EXIF tag says); make the two the same size")
+                             f"{image.height} (a turn in its EXIF data is obeyed); make the two the same size")
         label = self.lut[raw]
         if (label < 0).any():
             values, counts = np.unique(raw[label < 0], return_counts=True)
@@ -89,14 +89,16 @@ class DataSet:
         return image, label.astype(np.uint8)
 
     def _refuse_other_palette(self, raw, path):
-        """Programs that reduce a colour picture to a palette number the colours as they like."""
+        """Raises LabelInputError for colours that a program has numbered as it likes: half or more are of classes.txt,
+        not all with their own index. Another palette, VOC's for instance, may lie over class indices."""
         flat = raw.getpalette("RGB")
         shown = {index: tuple(flat[3 * index:3 * index + 3]) for _, index in raw.getcolors() if index != IGNORE}
-        wrong = [index for index, colour in shown.items() if [colour] != self.palette[index:index + 1]]
-        if wrong and all(colour in self.palette for colour in shown.values()):
-            name = self.classes[self.palette.index(shown[wrong[0]])]
-            raise LabelInputError(f"{path}: index {wrong[0]} has the colour of {name}, which is another class in "
-                                  "classes.txt; convert it to class indices")
+        known = {index: colour for index, colour in shown.items() if colour in self.palette}
+        wrong = [index for index, colour in known.items() if [colour] != self.palette[index:index + 1]]
+        if wrong and 2 * len(known) >= len(shown):
+            name = self.classes[self.palette.index(known[wrong[0]])]
+            raise LabelInputError(f"{path}: index {wrong[0]} has the colour of {name}, in classes.txt another class; "
+                                  "convert it to class indices, or give it another palette")
 
 
 def read_image(path):
@@ -104,17 +106,21 @@ def read_image(path):
     image = _open(path)
     if image.mode[0] in "IF":  # PIL would clip to 255
         raise InputError(f"{path}: mode {image.mode}, more than 8 bits a channel; save it with 8")
+    with suppress(Exception):  # damaged EXIF data are no fault of the pixels
+        ImageOps.exif_transpose(image, in_place=True)
     return image.convert("RGB")
 
 
 def _open(path):
     try:
-        return ImageOps.exif_transpose(Image.open(path))
+        image = Image.open(path)
+        image.load()
+        return image
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; restore it or remove its partner") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; cut it into tiles") from None
-    except (OSError, SyntaxError, ValueError, TypeError) as e:
+    except (OSError, SyntaxError, ValueError) as e:
         raise InputError(f"{path}: truncated or not an image ({e}); get it again") from None
 
 
@@ -124,7 +130,7 @@ def open_dataset(name, root=None, missing_ok=False):
     name: shapes, ade20k, cityscapes, voc or folder. Raises InputError where files are missing; missing_ok leaves
     single files to `read`.
     """
-    root = Path(root or Path("data") / name)
+    root = data_folder(name, root)
     if name == "shapes" and not root.is_dir():
         make_shapes(root)
     if name == "folder" and not root.is_dir():
@@ -141,11 +147,17 @@ def open_dataset(name, root=None, missing_ok=False):
     return data
 
 
+def data_folder(name, root=None):
+    """--data, by default data/NAME."""
+    return Path(root or Path("data") / name)
+
+
 def _pair_up(images, labels):
     """Every image of a folder with the label of the same stem, or with None where `labels` is None."""
     paths = sorted(p for p in images.glob("*") if p.suffix.lower() in SUFFIXES)
-    if len({p.stem for p in paths}) < len(paths):
-        raise InputError(f"{images}: two images share their name but for the ending, and so their label; rename one")
+    stems = Counter(p.stem for p in paths).most_common(1)
+    if labels and stems and stems[0][1] > 1:
+        raise InputError(f"{images}: two images are called {stems[0][0]} but for the ending; rename one and its label")
     return [(p, labels and labels / f"{p.stem}.png") for p in paths]
 
 
@@ -446,22 +458,24 @@ def _fetch(url, archive):
                          f"get it elsewhere and unpack it in {archive.parent}") from None
 
 
-CONVERT = """If their colours are those of classes.txt, this converts them in place (other colours become 255, ignored);
-keep a copy of labels/ first:
+CONVERT = """If their colours are those of classes.txt, this converts them in place (other colours become 255, ignored).
+Keep a copy of labels/ and run it beside data.py:
 
     import numpy as np
-    from pathlib import Path
     from PIL import Image
+    from data import InputError, LabelInputError, open_dataset
+    data = open_dataset("folder", {root!r}, missing_ok=True)
     index = np.full((256, 256, 256), 255, np.uint8)  # of each colour
-    for k, line in enumerate(open({root!r} + "/classes.txt")):
-        index[tuple(int(c) for c in line.split()[-3:])] = k
-    for path in Path({root!r}).glob("labels/*/*.png"):
-        if (image := Image.open(path)).mode != "L":
-            red, green, blue = np.array(image.convert("RGB")).T
-            label, raw = index[red, green, blue].T, np.array(image)
-            # class indices below a palette of other colours stay
-            if image.mode != "P" or 255 not in label[raw < 255] or (raw[raw < 255] >= {classes}).any():
-                Image.fromarray(label).save(path)
+    for k, colour in enumerate(data.palette):
+        index[colour] = k
+    for split in ("train", "val", "test"):
+        for i, (_, path) in enumerate(data.pairs[split]):
+            try:
+                data.read(split, i)
+            except InputError as e:  # sound labels stay as they are
+                if isinstance(e, LabelInputError) and (image := Image.open(path)).mode != "L":
+                    red, green, blue = np.array(image.convert("RGB")).T
+                    Image.fromarray(index[red, green, blue].T).save(path)
 """
 
 
@@ -469,7 +483,7 @@ def check(data):
     """Read every file of every split and print each fault as one line.
 
     Returns how many pairs are faulty, a Counter of the colours in labels that hold no class indices, and how many
-    pixels of the other labels each class (256: 255 = ignore) has.
+    pixels of the sound labels have each of the values 0..255 (255: ignored).
     """
     faults, colours, pixels = 0, Counter(), np.zeros(256, np.int64)
     for split, pairs in data.pairs.items():
@@ -510,11 +524,12 @@ def main():
         for colour, count in colours.most_common(12):
             print(f"  {colour}  {count / colours.total():.1%}  {known.get(colour, 'not in classes.txt')}")
         if any(isinstance(colour, tuple) for colour in colours):
-            print(CONVERT.format(root=args.data or "data/folder", classes=len(data.classes)))
+            print(CONVERT.format(root=args.data or "data/folder"))
     counts = ", ".join(f"{s}: {len(p)} images" for s, p in data.pairs.items())
-    missing = [name for name, count in zip(data.classes, pixels) if not count]
-    print(f"ignored: {pixels[IGNORE] / max(1, pixels.sum()):.1%} of the labels' pixels; classes without a pixel: "
-          f"{', '.join(missing) or 'none'}")
+    if not faults:
+        missing = [name for name, count in zip(data.classes, pixels) if not count]
+        print(f"ignored: {pixels[IGNORE] / pixels.sum():.1%} of the labels' pixels; classes without a pixel: "
+              f"{', '.join(missing) or 'none'}")
     print(f"{counts}, {len(data.classes)} classes, {faults} faulty")
     if faults:
         raise InputError(f"{faults} faulty files are listed above; mend or remove them")
@@ -532,26 +547,30 @@ class LabelInputError(InputError):
 
 def command(main):
     """Run a script's `main`, turning what a user can mend into one line on stderr and an exit code."""
-    code = 2
+    message, code = "", 2
     try:
         main()
-        return sys.stdout.flush()
+        code = 0
     except InputError as e:
         message = f"error: {str(e).rpartition('InputError: ')[2]}"  # a loader process puts its traceback in front
     except torch.cuda.OutOfMemoryError as e:
         message = f"error: out of GPU memory ({str(e).splitlines()[0]}): lower --batch-size or --crop"
-    except BrokenPipeError:  # the reader of a pipe, as in `| head`, has what it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        code = 1
     except OSError as e:
         if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise  # nothing to mend in a path or on the disk: the traceback says more
         message = f"error: {e.filename or 'output'}: {e.strerror}; check the path, its permissions and the free space"
     except KeyboardInterrupt as e:
         message, code = str(e) or "interrupted; run the same command again to continue", 130
-    sys.stdout.flush()  # so that the message comes last, where both go to one file
-    print(" ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
+    try:
+        sys.stdout.flush()  # so that the message comes last, where both go to one file
+    except BrokenPipeError:  # the reader of a pipe, as in `| head`, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message:
+        print(" ".join(message.split()), file=sys.stderr)
+    if code:
+        sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):
@@ -562,7 +581,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least, kind=int, below=math.inf):
-    """A `type` for argparse: finite numbers from `least` up."""
+    """A `type` for argparse: finite numbers from `least` up, less than `below`."""
     def number(text):
         value = kind(text)
         if not least <= value < below:  # NaN fails every comparison

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 
-from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, Parser, at_least, command, load_checkpoint,
-                  load_strictly, normalise, open_dataset, progress, quiet_worker, read_image, resize_short_side, spread,
-                  write_atomically)
+from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, Parser, at_least, command, data_folder,
+                  load_checkpoint, load_strictly, normalise, open_dataset, progress, quiet_worker, read_image,
+                  resize_short_side, spread, write_atomically)
 from losses import METHODS
 from student import VARIANTS, Student, count_parameters
 from teacher import TEACHERS, Teacher
@@ -312,31 +312,29 @@ def table(rows, classes):
 def read_runs(folder, split):
     """Results of all students below `folder`: label or method -> seed -> result, with "val", its mIoU on val.
 
-    Raises InputError where two runs differ in a condition that both have (`ce` has none that concern a teacher).
+    Raises InputError where two runs differ in a condition that both have (`ce` has none that concern a teacher), where
+    seeds of one name differ in their options, and where a result cannot be read.
     """
     runs, seen = {}, {}
     for path in sorted(Path(folder).rglob(f"results-{split}.json")):
         result = read_scores(path)
         if result.get("method") in (None, "teacher"):
             continue
-        conditions = result["conditions"] | {"step": result["step"]}
+        name = result.get("label") or result["method"]
+        options = {f"{k} of {name}": value for k, value in (result.get("options") or {}).items()}
+        conditions = result["conditions"] | {"step": result["step"]} | options
         differing = [k for k, value in conditions.items() if seen.setdefault(k, (value, path))[0] != value]
         if differing:
             raise InputError(f"{path}: differs from {seen[differing[0]][1]} in {', '.join(differing)}; "
-                             "compare runs of the same conditions")
-        name = result.get("label") or result["method"]
-        others = runs.setdefault(name, {})
-        if result["seed"] in others:
+                             "compare runs of the same conditions, and give those of other options another --name")
+        if result["seed"] in runs.setdefault(name, {}):
             raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
-        if any(other.get("options") != result.get("options") for other in others.values()):
-            raise InputError(f"{path}: another seed of {name} had other options ({result.get('options')} here); "
-                             "such runs need another --name")
         val = path.with_name("results-val.json")
         on_val = read_scores(val) if val.exists() else {}
         if on_val.get("step") != result["step"]:
             raise InputError(f"{val}: missing or of another step than {path.name}, and the best baseline is chosen on "
                              "val; run evaluate.py on the last.pt beside it")
-        others[result["seed"]] = result | {"val": on_val["miou"]}
+        runs[name][result["seed"]] = result | {"val": on_val["miou"]}
     if not runs:
         raise InputError(f"{folder}: no results-{split}.json below it; run train.py, or evaluate.py --split {split}")
     return runs
@@ -488,9 +486,11 @@ def write_scores(folder, split, result, state):
 def read_scores(path):
     """What `write_scores` wrote. Raises InputError where it cannot be read."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{path}: not readable; remove it and run evaluate.py on the last.pt beside it") from None
+        result = json.loads(path.read_text())
+        float(result["miou"])
+        return result
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: missing or not readable; run evaluate.py on the last.pt beside it") from None
 
 
 # ---------------------------------------------------------------- commands
@@ -508,7 +508,7 @@ def _evaluate_checkpoint(args, model, state):
     print(table([(state["name"], count_parameters(model), None, result)], data.classes))
     # only the standard protocol on the run's own data is compared
     its = state.get("data")
-    own, here = (os.path.abspath(folder or f"data/{data.name}") for folder in (its, args.data or its))
+    own, here = (os.path.abspath(data_folder(data.name, root)) for root in (its, args.data or its))
     standard = args.window == state["window"] and not (args.stride or args.flip)
     if data.name == state["dataset"] and own == here and standard:
         write_scores(Path(args.checkpoint).parent, args.split, result, state)
@@ -613,15 +613,14 @@ def main():
     how.add_argument("--workers", type=at_least(0), default=8 if gpu else 0, metavar="N",
                      help="processes that decode images (default 8 with a GPU, else 0)")
     how.add_argument("--pictures", metavar="DIR", help="where pictures go")
-    how.add_argument("--device", default="cuda" if gpu else "cpu", choices=("cuda", "cpu"),
-                     help="default: cuda if there is one")
+    how.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
     if args.compare:
         return _compare(args)
     if not args.checkpoint:
         parser.error("--checkpoint FILE or --compare DIR is needed")
-    if args.device == "cuda" and not gpu:
-        raise InputError("--device cuda: no such device found; use --device cpu")
+    if args.device != "cpu" and not gpu:
+        raise InputError(f"--device {args.device}: no such device found; use --device cpu")
     model, state = load_network(args.checkpoint, args.device)
     args.window = None if args.whole else args.window or state["window"]
     act = _export if args.export else _overlays if args.image else _evaluate_checkpoint

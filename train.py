@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import losses
-from data import (DATASETS, InputError, Parser, TrainStream, at_least, command, load_checkpoint, load_strictly,
-                  normalise, open_dataset, progress, quiet_worker, save_tensors, unlabelled_slots, write_atomically)
+from data import (DATASETS, InputError, Parser, TrainStream, at_least, command, data_folder, load_checkpoint,
+                  load_strictly, normalise, open_dataset, progress, quiet_worker, save_tensors, unlabelled_slots,
+                  write_atomically)
 from evaluate import (commonest, comparison, evaluate, load_network, read_scores, report, report_terms, scores, table,
                       write_json, write_scores)
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
@@ -195,14 +196,16 @@ class Run:
         state = load_checkpoint(path, ("step", "run_seed", "optimizer", "module", "stage_conditions"))
         found = state["stage_conditions"]
         differing = [f"{k} (there {found.get(k)}, here {v})" for k, v in self.conditions.items() if found.get(k) != v]
-        if state.get("classes", self.data.classes) != self.data.classes and not differing:
-            differing = ["names or order of the classes"]
+        if state.get("classes", self.data.classes) != self.data.classes:
+            differing.append("names or order of the classes")
         other = "choose another --out or --name" if self.stage == "student" else "choose another --out"
         if differing:
             raise InputError(f"{path}: from a different experiment: {'; '.join(differing)}; {other}, or give its "
-                             "options")
-        if state.get("data") != self.description.get("data"):
-            print(f"NOTE: {path} was trained on --data {state['data']}: if that held other images, {other}")
+                             "options and classes.txt")
+        there, here = (os.path.abspath(data_folder(self.args.dataset, of.get("data")))
+                       for of in (state, self.description))
+        if there != here:
+            print(f"NOTE: {path} was trained on --data {there}: if that held other images, {other}")
         load_strictly(self.module, state["module"], path, f"this {self.stage}", other)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seed = state["step"], state["run_seed"]
@@ -387,7 +390,8 @@ def train(args):
     aside = [] if args.method == "teacher" else \
         load_encoder(Student(args.student, len(data.classes)).encoder, args.student, args.student_weights)
     if needs and not given and not args.gpus and args.batch_size == args.processes:
-        raise InputError(f"--batch-size {args.batch_size}: the teacher's BatchNorm needs two images a process on CPUs")
+        raise InputError(f"--batch-size {args.batch_size}: the teacher's BatchNorm needs two images a process on CPUs; "
+                         f"take {2 * args.processes} or more")
     announce(args, data, needs, given, aside)
 
     teacher = pool = student = None
@@ -477,7 +481,7 @@ def report_pool(fitter, teacher, args, data):
     frequency = truth.mean(0)
     some = (frequency > 0) & (frequency < 1)
     if not some.any():
-        return print(f"pool: every class is in all of {count} val crops or in none, so that they teach it nothing")
+        return print(f"pool: no class is in some of the {count} val crops and not in others: nothing to measure")
     mean_precision = average_precision(torch.cat(found), truth)[some].mean()
     every = [name for name, f in zip(data.classes, frequency) if f == 1]
     print(f"pool: mean average precision on {count} val crops {100 * mean_precision:.1f}, class frequency alone "
@@ -606,8 +610,9 @@ def parse_options(argv=None):
         raise InputError(f"--clip: {args.method} uses no attention pool; it goes with --method c2vkd")
     if args.teacher_weights == "voc" and args.dataset != "voc":
         raise InputError("--teacher-weights voc: that model knows VOC's classes only; use imagenet, none or a FILE")
-    if args.name and (os.path.basename(args.name) != args.name or not args.name.strip(".")):
-        raise InputError(f"--name {args.name}: a name without folders; --out chooses the folder")
+    folder = Path(args.name or "default")
+    if folder.is_absolute() or ".." in folder.parts or not folder.name:
+        raise InputError(f"--name {args.name}: leaves the folder of the runs; --out chooses that")
     args.term_weights = term_weights(args)
     return args
 
@@ -673,7 +678,7 @@ def main():
     try:
         train(args)
     except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: from what a dead process left half sent
-        if isinstance(e, RuntimeError) and "DataLoader worker (pid" not in str(e):
+        if isinstance(e, BrokenPipeError) or isinstance(e, RuntimeError) and "DataLoader worker (pid" not in str(e):
             raise
         if Run.stop:  # the signal reached them, too
             raise KeyboardInterrupt from None

@@ -227,7 +227,8 @@ def measure(args, **functions):
 def whole_step(args):
     """The parts of a step and the whole; returns its time over that of the teacher and the student alone."""
     teacher = train.on_device(Teacher(args.teacher, K), args)[0].freeze()
-    pool = AttentionPool(teacher.channels, pool_grid(teacher, args.crop, args.device)).to(args.device).requires_grad_(False)
+    pool = AttentionPool(teacher.channels, pool_grid(teacher, args.crop, args.device)).to(args.device)
+    pool.requires_grad_(False)
     alone, taught = (train.on_device(StudentWithHeads(Student(args.student, K), channels), args)[0]
                      for channels in (None, teacher.channels))
     adamw, adamw_taught = (torch.optim.AdamW(m.parameters(), 6e-5, fused=bool(args.gpus)) for m in (alone, taught))
