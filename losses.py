@@ -406,31 +406,30 @@ def vlfd(S, T, labels, kl="forward"):
 
 class Method(NamedTuple):
     """weights: of the function's terms; needs: what it reads besides the student's own outputs, of the words teacher,
-    A_v (fills S.projected), A_l (fills both embeddings, needs P); source: where the weights come from."""
+    A_v (fills S.projected), A_l (fills both embeddings, needs P)."""
     function: Callable
     weights: dict
     needs: str = "teacher"
-    source: str = ""
 
 
 KD = {"ce": 1.0, "kd": 1.0}
 # differs: paper's not known to us, release 0.1, 0.1, 0.5 in its units (c2vkd_weights), here 10, 20, 2 in ours
 VLFD = {"gb": 10.0, "pc": 20.0, "lc": 2.0}
-METHODS = {
-    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD, "teacher A_v A_l", "ours, chosen on shapes val"),
-    "ce": Method(ce, {"ce": 1.0}, needs="", source="the student alone"),
-    "kd": Method(kd, KD, source="CIRKD's scripts"),
-    "cwd": Method(cwd, KD | {"cwd": 0.3}, source="CIRKD's SegFormer script; logits only"),
-    "skd": Method(skd, KD | {"skd": 10.0}, source="CIRKD's script; without its adversarial part"),
-    "ifvd": Method(ifvd, KD | {"ifvd": 20.0}, source="CIRKD's script; without its adversarial part"),
-    "at": Method(at, KD | {"at": 10000.0}, source="CIRKD's script; the last map only"),
-    "dist": Method(dist, {"ce": 1.0, "dist": 1.0}, source="its authors' segmentation script"),
+METHODS = {  # beside each: where its weights come from
+    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD, "teacher A_v A_l"),  # ours, chosen on shapes val
+    "ce": Method(ce, {"ce": 1.0}, needs=""),  # the student alone
+    "kd": Method(kd, KD),  # CIRKD's scripts
+    "cwd": Method(cwd, KD | {"cwd": 0.3}),  # CIRKD's SegFormer script; logits only
+    "skd": Method(skd, KD | {"skd": 10.0}),  # CIRKD's script; without its adversarial part
+    "ifvd": Method(ifvd, KD | {"ifvd": 20.0}),  # CIRKD's script; without its adversarial part
+    "at": Method(at, KD | {"at": 10000.0}),  # CIRKD's script; the last map only
+    "dist": Method(dist, {"ce": 1.0, "dist": 1.0}),  # its authors' segmentation script
     # at mdistiller's weight 1.0 its gradient in the encoder was 8 times cross-entropy's on CamVid
-    "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}, source="ours, chosen on CamVid val; the rest mdistiller's"),
-    "deit": Method(deit, {"ce": 0.5, "deit": 0.5}, source="DeiT's paper; one head instead of a distillation token"),
-    "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, "teacher A_v", "CIRKD's script; without its KD term"),
-    "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, "teacher A_v", "ours, a control"),
-    "vlfd": Method(vlfd, {"ce": 1.0} | VLFD, "teacher A_v A_l", "ours, a control"),
+    "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}),  # ours, chosen on CamVid val; the rest mdistiller's
+    "deit": Method(deit, {"ce": 0.5, "deit": 0.5}),  # DeiT's paper; one head instead of a distillation token
+    "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, "teacher A_v"),  # CIRKD's script; without its KD term
+    "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, "teacher A_v"),  # ours, a control
+    "vlfd": Method(vlfd, {"ce": 1.0} | VLFD, "teacher A_v A_l"),  # ours, a control
 }
 
 
