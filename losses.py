@@ -1,44 +1,50 @@
 """The C2VKD objective (arXiv 2310.07265), equation by equation, then the methods it is compared with.
 
-Tensors in, unweighted scalars out (`total_loss` weights them); the caller keeps gradients away from the teacher's.
+Tensors in, unweighted scalars out. `total_loss` weights them. The caller keeps gradients away from
+the teacher's tensors.
 
-    paper     here              meaning                                                         shape
-    --------  ----------------  --------------------------------------------------------------  -------------
-    y         labels            label map, 255 = ignore                                         B,H,W
-    z^S, z^T  S.logits, ...     logits of student and teacher                                   B,K,h,w
-    F^S, F^T  S.feature, ...    last map of the backbone (T: before ASPP; S: stage 4, normed)   B,C,h,w
-    A_v(F^S)  S.projected       F^S in C_T channels, by a 1x1 convolution                       B,C_T,h,w
-    e^S, e^T  S.embedding, ...  A_l(F^S): global mean, 1x1 convolution; P(F^T): attention pool  B,512
-    V^S, V^T  V_S, V_T          A_v(F^S) and F^T, resized bilinearly to one grid                B,C_T,h,w
-    N         N                 patches, the positions of V in all images of the batch: B h w
-    M         M_S, M_T          affinity of all patches of the batch                            N,N
-    p_t, p_nt log_p_t, ...      probability of the label's class, of all others together        B,H,W
-    m         m_S, m_T          margin: the logit of p_t, so p_t = sigmoid(m)                   B,H,W
-    q         log_q_t, ...      the teacher's pair (p_t, p_nt) mixed with the label's (1, 0)    B,H,W
+    paper     here              meaning                                                  shape
+    --------  ----------------  -------------------------------------------------------  ----------
+    y         labels            label map, 255 = ignore                                  B,H,W
+    z^S, z^T  S.logits, ...     logits of student and teacher                            B,K,h,w
+    F^S, F^T  S.feature, ...    last map of the backbone                                 B,C,h,w
+    A_v(F^S)  S.projected       F^S in C_T channels, by a 1x1 convolution                B,C_T,h,w
+    e^S       S.embedding       A_l(F^S): mean over positions, 1x1 convolution           B,512
+    e^T       T.embedding       P(F^T): attention pool                                   B,512
+    V^S, V^T  V_S, V_T          A_v(F^S) and F^T, resized bilinearly to one grid         B,C_T,h,w
+    N         N                 patches: the positions of V in all images of the batch   B h w
+    M         M_S, M_T          affinity of all patches of the batch                     N,N
+    p_t, p_nt log_p_t, ...      probability of the label's class, of all others          B,H,W
+    m         m_S, m_T          margin: the logit of p_t, so p_t = sigmoid(m)            B,H,W
+    q         log_q_t, ...      the teacher's (p_t, p_nt) mixed with the label's (1, 0)  B,H,W
 
-S, T: the two networks' Outputs; K classes; C_S, C_T channels; H,W: size of the labels; h,w: the tensor's own grid;
-X^T, Y^T, Z^T, D^T: transposed. C2VKD's divergences are summed over their distribution (channels, coordinates, the pair)
-and averaged over images and places (PDD: labelled pixels); `kl` is their direction, "forward" KL(teacher || student) or
-"reverse" KL(student || teacher). Everything is at least float32. Comments that begin with "differs" or "unstated"
-say where paper, the authors' release of code and this file part.
+S and T are the two networks' Outputs. K counts classes, C channels. H,W is the size of the labels
+and h,w the tensor's own grid. X^T, Y^T, Z^T and D^T are transposed matrices.
+
+C2VKD's divergences are summed over their distribution, which is the channels, the coordinates or
+the pair. They are averaged over images and places, in PDD over labelled pixels. `kl` is their
+direction: "forward" is KL(teacher || student), "reverse" is KL(student || teacher). Everything is
+computed in at least float32. Comments that begin with "differs" or "unstated" say where the paper,
+the authors' released code and this file part.
 """
+import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 IGNORE = 255  # as in data.py; this file needs no other of the project
 
 
 class Outputs(NamedTuple):
-    """What a network hands to the losses, by the table above; None is what the method does not need."""
+    """What a network hands to the losses, by the table above. None: the method does not need it."""
     logits: torch.Tensor  # z
     feature: torch.Tensor  # F
-    before_classifier: torch.Tensor  # B,C,h,w: the map that the last 1x1 convolution turns into logits
+    before_classifier: torch.Tensor  # B,C,h,w: what the last 1x1 convolution turns into logits
     projected: torch.Tensor | None = None  # A_v(F^S)
     embedding: torch.Tensor | None = None  # e
 
@@ -46,7 +52,7 @@ class Outputs(NamedTuple):
 # ---------------------------------------------------------------- Eq. 10
 
 def total_loss(terms, weights):
-    """Eq. 10: L = L_PDD + l_gb L_gb + l_pc L_pc + l_lc L_lc, and likewise for the terms of every other method."""
+    """Eq. 10: L = L_PDD + l_gb L_gb + l_pc L_pc + l_lc L_lc, and likewise for every other method."""
     return sum(weights[name] * term for name, term in terms.items())
 
 
@@ -60,9 +66,9 @@ def c2vkd(S, T, labels, kl="forward"):
 
 
 def divergence(log_S, log_T, dim, kl):
-    """KL(teacher || student) if kl is "forward", KL(student || teacher) if "reverse", summed over `dim`."""
-    # differs: paper writes KL(student || teacher), release (Eq. 3-4) calls F.kl_div(student, teacher), which computes
-    # KL(teacher || student), here the latter by default
+    """KL(teacher || student) for "forward", KL(student || teacher) for "reverse", over `dim`."""
+    # differs: paper writes KL(student || teacher), release's F.kl_div(student, teacher) computes
+    # KL(teacher || student), here that one by default
     log_a, log_b = {"forward": (log_T, log_S), "reverse": (log_S, log_T)}[kl]  # KL(a || b)
     return (log_a.exp() * (log_a - log_b)).sum(dim)
 
@@ -71,43 +77,52 @@ def divergence(log_S, log_T, dim, kl):
 
 def visual_maps(S, T):
     """V^S, V^T (B,C_T,h,w): A_v(F^S) and F^T on one grid."""
-    # differs: paper states none, release 32x32, here twice F^S's grid, at most F^T's: 32x32 for the published students
-    # at crop 512 with a teacher of stride 8 or 16
+    # differs: paper states no grid, release 32x32, here twice F^S's grid and at most F^T's. That is
+    # 32x32 for the published students at crop 512 with a teacher of stride 8 or 16
     grid = [min(2 * s, t) for s, t in zip(S.feature.shape[2:], T.feature.shape[2:])]
     return resize(S.projected, grid), resize(T.feature, grid)
 
 
 def linguistic_loss(e_S, e_T, kl="forward"):
-    """Eq. 3: L_lc = 1/B sum_b KL between softmax(e^S_b) and softmax(e^T_b) over the 512 coordinates; (B,512) each."""
-    # differs: paper states no reduction, release averages over the coordinates too (512 times smaller), here a true KL
+    """Eq. 3: L_lc = 1/B sum_b KL between softmax(e^S_b) and softmax(e^T_b).
+
+    e_S, e_T: (B,512). The softmax and the sum in the KL run over the 512 coordinates.
+    """
+    # differs: paper states no reduction, release averages over the coordinates too, which makes the
+    # term 512 times smaller, here a true KL
     return divergence(log_softmax(e_S), log_softmax(e_T), dim=1, kl=kl).mean()
 
 
 def global_visual_loss(V_S, V_T, kl="forward"):
-    """Eq. 4: L_gb = 1/(B h w) sum_p KL between softmax(V^S_p) and softmax(V^T_p) over the C channels; p: positions."""
-    # differs: paper states no reduction, release averages over the channels too (C times smaller), here a true KL
+    """Eq. 4: L_gb = 1/(B h w) sum_p KL between softmax(V^S_p) and softmax(V^T_p).
+
+    V_S, V_T: (B,C,h,w). p runs over positions, the softmax and the sum in the KL over channels.
+    """
+    # differs: paper states no reduction, release averages over the channels too, which makes the
+    # term C times smaller, here a true KL
     return divergence(log_softmax(V_S), log_softmax(V_T), dim=1, kl=kl).mean()
 
 
 def patch_rows(V):
-    """Eq. 5: V (B,C,h,w) -> N = B h w rows of C channels, each divided by its L2 norm, then less its mean."""
+    """Eq. 5: V (B,C,h,w) -> N = B h w rows of C channels, each of length 1, then less its mean."""
     rows = at_least_float32(V).flatten(2).transpose(1, 2).flatten(0, 1)  # N,C
     rows = F.normalize(rows, dim=1)
     return rows - rows.mean(1, keepdim=True)
 
 
 def patch_loss(V_S, V_T):
-    """Eq. 6-7: L_pc = 1/N^2 sum_ij (M^S_ij - M^T_ij)^2 over all pairs of patches of the batch, across images too.
+    """Eq. 6-7: L_pc = 1/N^2 sum_ij (M^S_ij - M^T_ij)^2, with M = X X^T and X the rows of Eq. 5.
 
-    M = X X^T, X the rows of Eq. 5. V_S, V_T: (B,C,h,w).
+    V_S, V_T: (B,C,h,w). i and j run over all patches of the batch, across images too.
     """
-    # differs: paper M = X X^T / (C-1), release the same of unit rows, then centred, over all images, here the release's
-    # without 1/(C-1), which makes the term (C-1)^2 times smaller. Centred rows are no longer unit rows, so M holds no
-    # cosines: the teacher's M_ii is about 0.3-0.7, behind a ReLU
+    # differs: paper M = X X^T / (C-1), release the same with rows of length 1 that are then
+    # centred, here the release's without 1/(C-1), which would make the term (C-1)^2 times smaller.
+    # A centred row is shorter than 1, so M holds no cosines: behind a ReLU M_ii is 0.3 to 0.7
     with torch.autocast(V_S.device.type, enabled=False):  # half precision would round the products
         X, Y = patch_rows(V_S), patch_rows(V_T)
         N, C = X.shape
-        if N < C and process_count() == 1:  # the definition, cheaper there; it needs all rows in one process
+        # the definition is cheaper where N < C, and needs all rows in one process
+        if N < C and process_count() == 1:
             M_S, M_T = X @ X.T, Y @ Y.T
             return (M_S - M_T).square().mean()
         return mean_squared_difference_of_affinities(X, Y)  # the same number from C,C matrices
@@ -115,44 +130,110 @@ def patch_loss(V_S, V_T):
 
 # ---------------------------------------------------------------- PDD, Eq. 8-9
 
-def margin(z, labels):
-    """Eq. 8 as a margin: p_t = sigmoid(m), p_nt = sigmoid(-m), with m = z_y - log sum_{k != y} exp z_k.
-
-    z: (B,K,H,W), labels: (B,H,W) with 255 = ignore (there m is computed for class 0 and must not be used).
-    log p_t = logsigmoid(m) and log p_nt = logsigmoid(-m): exact where 1 - p_t would round to 0.
-    """
-    rows = z.movedim(1, -1).flatten(0, -2)  # pixels,K
-    target = labels.where(labels != IGNORE, 0).flatten()[:, None]  # pixels,1
-    z_t = rows.gather(1, target)
-    z_nt = rows.scatter(1, target, -torch.inf).logsumexp(1, keepdim=True)
-    return (z_t - z_nt).view_as(labels)
-
-
 def pdd_loss(z_S, z_T, labels, kl="forward"):
-    """Eq. 9: L_PDD = mean over labelled pixels of 1/2 sum_{t, nt} q_i (log q_i - log p_i); reverse: p and q swapped.
+    """Eq. 9: L_PDD = mean over labelled pixels of 1/2 sum_{t, nt} q_i (log q_i - log p_i).
 
-    p: the student's pair; q_t = (p_t^T + 1)/2, q_nt = (p_nt^T + 0)/2; temperature 1. 1/2 is the paper's weight of each
-    summand, alpha = beta: only equal ones have their minimum at p = q. z_S, z_T: (B,K,h,w), resized to labels (B,H,W).
-    Forward, this is 1/2 BCE-with-logits(m_S, q_t) less a constant: cross-entropy whose target the teacher softens. One
-    pixel's summand has the derivative 1/2 (p_t - q_t) in its z_y, at least 1/4 in size where p_t = 0: a class that the
-    student does not predict yet keeps its gradient. The reverse one's, 1/2 p_t p_nt (m_S - logit q_t), vanishes there.
+    z_S, z_T: (B,K,h,w), resized to labels (B,H,W). p is the student's pair (p_t, p_nt) and
+    q_t = (p_t^T + 1)/2, q_nt = (p_nt^T + 0)/2. The temperature is 1. The factor 1/2 is the paper's
+    alpha = beta: only equal weights have their minimum at p = q. Reverse: p and q swap places.
+
+    Forward, this is 1/2 BCE-with-logits(m_S, q_t) less a constant, that is, cross-entropy whose
+    target the teacher softens. The derivative of a pixel's summand in z_y is 1/2 (p_t - q_t). Its
+    size is at least 1/4 where p_t = 0, so a class that the student does not predict yet keeps its
+    gradient. The reverse form has 1/2 p_t p_nt (m_S - logit q_t), which vanishes there.
     """
-    m_S, m_T = full_size(margin, z_S, labels), full_size(margin, z_T, labels)  # B,H,W; Eq. 8
+    m_S, m_T = margin(z_S, labels), margin(z_T, labels)  # B,H,W, Eq. 8
     log_p_t, log_p_nt = F.logsigmoid(m_S), F.logsigmoid(-m_S)
-    # differs: paper p^T + y, release missing, here (p^T + y)/2, a distribution; forward, this halves the gradient
+    # differs: paper p^T + y, release missing, here (p^T + y)/2, which is a distribution. In the
+    # forward direction this halves the gradient
     log_q_t = torch.log1p(-torch.sigmoid(-m_T) / 2)
     log_q_nt = F.logsigmoid(-m_T) - math.log(2)
     pair_S, pair_q = torch.stack([log_p_t, log_p_nt]), torch.stack([log_q_t, log_q_nt])  # 2,B,H,W
-    # unstated: what becomes of ignored pixels; they are left out, and the mean is over the labelled ones
+    # unstated: what becomes of ignored pixels, here the mean runs over the labelled ones
     return masked_mean(0.5 * divergence(pair_S, pair_q, dim=0, kl=kl), labels != IGNORE)
 
 
+def margin(z, labels):
+    """Eq. 8 as a margin (B,H,W): p_t = sigmoid(m), p_nt = sigmoid(-m), for z (B,K,h,w) resized.
+
+        m = z_y - log sum_{k != y} exp z_k
+        dm/dz_y = 1,   dm/dz_k = -exp z_k / sum_{j != y} exp z_j   for k != y
+
+    So log p_t = logsigmoid(m) and log p_nt = logsigmoid(-m), exact where 1 - p_t would round to 0.
+    At ignored pixels m is that of class 0 and must not be used.
+    """
+    def value(rows, target):  # pixels,K and pixels,1
+        z_y = rows.gather(1, target)
+        return z_y - rows.scatter_(1, target, -torch.inf).logsumexp(1, keepdim=True)
+
+    def derivative(rows, target, upstream):
+        others = rows.scatter_(1, target, -torch.inf).softmax(1)
+        return others.mul_(-upstream).scatter_(1, target, upstream)
+
+    return FullSize.apply(z, labels, value, derivative)
+
+
+def cross_entropy(z_S, labels):
+    """Mean over labelled pixels of -log softmax(z)_y. z_S: (B,K,h,w), resized to labels (B,H,W).
+
+    The derivative of a pixel's summand in z_k is softmax(z)_k, less 1 for k = y.
+    """
+    def value(rows, target):
+        return -rows.log_softmax(1).gather(1, target)
+
+    def derivative(rows, target, upstream):
+        gradient = rows.softmax(1).mul_(upstream)
+        return gradient.scatter_add_(1, target, -upstream)
+
+    return masked_mean(FullSize.apply(z_S, labels, value, derivative), labels != IGNORE)
+
+
+class FullSize(torch.autograd.Function):
+    """value(rows, target) of each pixel (B,H,W) of logits z (B,K,h,w) resized to labels (B,H,W).
+
+    rows (pixels,K) are the logits of one resized image, target (pixels,1) its labels, with 0 for
+    ignored pixels. Both functions may overwrite rows. derivative(rows, target, upstream) returns
+    the gradient in rows (pixels,K) for the gradient `upstream` (pixels,1) of the values.
+
+    Full-size logits are the largest tensors of a step. So this works an image at a time, keeps
+    nothing but z, and resizes again in the backward pass.
+    """
+
+    @staticmethod
+    def rows(full, labels):
+        rows = full.movedim(1, -1).flatten(0, -2)  # pixels,K
+        return rows, labels.where(labels != IGNORE, 0).flatten()[:, None]
+
+    @staticmethod
+    def forward(ctx, z, labels, value, derivative):
+        ctx.save_for_backward(z, labels)
+        ctx.derivative = derivative
+        maps = [value(*FullSize.rows(resize(z_b, y_b.shape[1:]), y_b)).view_as(y_b)
+                for z_b, y_b in zip(z.split(1), labels.split(1))]
+        return torch.cat(maps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        z, labels = ctx.saved_tensors
+        gradients = []
+        for z_b, y_b, upstream_b in zip(z.split(1), labels.split(1), upstream.split(1)):
+            with torch.enable_grad():
+                z_b = z_b.detach().requires_grad_()
+                full = resize(z_b, y_b.shape[1:])
+            rows, target = FullSize.rows(full.detach(), y_b)
+            gradient = ctx.derivative(rows, target, upstream_b.reshape(-1, 1))
+            gradient = gradient.view(1, *y_b.shape[1:], -1).movedim(-1, 1)  # 1,K,H,W
+            gradients += torch.autograd.grad(full, z_b, gradient)
+        return torch.cat(gradients), None, None, None
+
+
 # ---------------------------------------------------------------- what the equations are made of
-# Where several processes share a batch in equal parts, the sums of Eq. 6-7 and 9 run over all of them; Eq. 3 and 4 are
-# plain means, which DistributedDataParallel's averaging of gradients already gives.
+# Where several processes share a batch, the sums of Eq. 6-7 and 9 run over all of them. Eq. 3 and 4
+# are plain means, which the averaging of gradients in DistributedDataParallel already gives.
 
 def at_least_float32(x):
-    """Autocast's half precisions are raised to float32, float64 stays."""
+    """Half precisions are raised to float32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -161,50 +242,43 @@ def log_softmax(x):
     return F.log_softmax(at_least_float32(x), dim=1)
 
 
-def resize(x, size):
+def resize(x, size, antialias=False):
     """A map (B,C,h,w) resized bilinearly to `size`, in at least float32."""
-    return F.interpolate(at_least_float32(x), size, mode="bilinear", align_corners=False)
-
-
-def full_size(function, z, labels):
-    """function(z, labels) -> (B,H,W) of logits z (B,K,h,w) resized to labels (B,H,W).
-
-    An image at a time, computed again in the backward pass: full-size logits are the largest tensors of a step.
-    """
-    def one(z, labels):
-        return function(resize(z, labels.shape[1:]), labels)
-
-    return torch.cat([checkpoint(one, *pair, use_reentrant=False, preserve_rng_state=False)
-                      for pair in zip(z.split(1), labels.split(1))])
+    return F.interpolate(at_least_float32(x), size, mode="bilinear", align_corners=False,
+                         antialias=antialias)
 
 
 def mean_squared_difference_of_affinities(X, Y):
-    """1/N^2 || X X^T - Y Y^T ||^2 from C x C matrices; X, Y: this process's rows (n,C) of all N.
+    """1/N^2 || X X^T - Y Y^T ||^2 from C x C matrices. X, Y: this process's rows (n,C) of all N.
 
     With D = X - Y and Z = X + Y: X X^T - Y Y^T = 1/2 (D Z^T + Z D^T), so that exactly
         || X X^T - Y Y^T ||^2 = 1/2 [ <D^T D, Z^T Z> + tr((Z^T D)^2) ].
-    Unlike ||X^T X||^2 + ||Y^T Y||^2 - 2 ||X^T Y||^2, this loses no digits where X is close to Y row by row.
+    Unlike ||X^T X||^2 + ||Y^T Y||^2 - 2 ||X^T Y||^2, this loses no digits where X is close to Y
+    row by row.
     """
     D, Z = X - Y, X + Y
-    DD, ZZ, ZD = all_sum(torch.stack([D.T @ D, Z.T @ Z, Z.T @ D]))  # C,C each: sums over all patches
+    DD, ZZ, ZD = all_sum(torch.stack([D.T @ D, Z.T @ Z, Z.T @ D]))  # C,C each
     trace = (ZD * ZD.T).sum()  # tr(A A) = sum_ij A_ij A_ji
     return 0.5 * ((DD * ZZ).sum() + trace) / (len(X) * process_count()) ** 2
 
 
 def masked_mean(values, mask):
-    """Mean of `values` where `mask` is set, over the pixels of all processes; 0 where none is set."""
-    return all_sum(values.masked_fill(~mask, 0).sum()) / all_sum(mask.sum().float()).clamp(min=1)
+    """Mean of `values` where `mask` is set, over the pixels of all processes. 0 where none is."""
+    total = all_sum(values.masked_fill(~mask, 0).sum())
+    return total / all_sum(mask.sum().float()).clamp(min=1)
 
 
 def process_count():
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    """The number of processes that share a batch."""
+    started = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if started else 1
 
 
 def all_sum(x):
     """Sum over processes, x itself where there is one.
 
-    Its gradient reaches this process's x alone, multiplied by the number of processes: DistributedDataParallel averages
-    gradients over processes, and the average is then the sum.
+    Its gradient reaches this process's x alone, multiplied by the number of processes. The average
+    of gradients that DistributedDataParallel takes is then their sum.
     """
     if process_count() == 1:
         return x
@@ -214,52 +288,84 @@ def all_sum(x):
 
 
 # ---------------------------------------------------------------- the losses of other methods
-# Logits z, maps before the classifiers and labels lie on one grid, except where a function says otherwise; ignored
-# pixels are left out, except by fitnet_loss. The reductions are those of the sources in METHODS:
-# a published weight holds with its own alone.
-
-def cross_entropy(z_S, labels):
-    """Pixel-wise cross-entropy, mean over labelled pixels. z_S: (B,K,h,w), resized to labels (B,H,W)."""
-    def pixels(z, labels):
-        flat = z.movedim(1, -1).flatten(0, -2)  # pixels,K: deterministic CUDA has no two-dimensional nll_loss
-        return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE, reduction="none").view_as(labels)
-
-    return masked_mean(full_size(pixels, z_S, labels), labels != IGNORE)
-
+# Logits z, maps before the classifiers and labels lie on one grid. Ignored pixels are left out,
+# except by fitnet_loss. The reductions are those of the sources named in METHODS, because a
+# published weight holds with its own reduction alone.
 
 def kd_loss(z_S, z_T, labels, temperature=1.0):
-    """Hinton et al., 1503.02531, pixel-wise: tau^2 KL(softmax(z_T/tau) || softmax(z_S/tau)), tau = temperature.
+    """Hinton et al., 1503.02531: tau^2 KL(softmax(z_T/tau) || softmax(z_S/tau)) of each pixel.
 
-    Summed over classes, averaged over labelled pixels.
+    tau is the temperature. Summed over classes, averaged over labelled pixels.
     """
     log_S, log_T = (log_softmax(at_least_float32(z) / temperature) for z in (z_S, z_T))
-    return temperature ** 2 * masked_mean(divergence(log_S, log_T, dim=1, kl="forward"), labels != IGNORE)
+    pixels = divergence(log_S, log_T, dim=1, kl="forward")
+    return temperature ** 2 * masked_mean(pixels, labels != IGNORE)
 
 
 def cwd_loss(z_S, z_T, labels, temperature=4.0):
-    """CWD, 2011.13256, on logits: tau^2/(B K) sum over images and classes of the KL between softmaxes over positions.
+    """CWD, 2011.13256, on logits: tau^2 KL(teacher || student) of each class's softmax over places.
 
-    KL(teacher || student), tau = temperature.
+    tau is the temperature. Summed over positions, averaged over images and classes.
     """
     def over_positions(z):
         # not -inf, which would give 0 * (inf - inf) in the divergence
         z = (at_least_float32(z) / temperature).masked_fill(labels[:, None] == IGNORE, -1e9)
         return F.log_softmax(z.flatten(2), 2)  # B,K,n
 
-    return temperature ** 2 * divergence(over_positions(z_S), over_positions(z_T), dim=2, kl="forward").mean()
+    maps = divergence(over_positions(z_S), over_positions(z_T), dim=2, kl="forward")  # B,K
+    return temperature ** 2 * maps.mean()
+
+
+def dist_loss(z_S, z_T, labels):
+    """DIST, 2205.10536: 1 - Pearson correlation of the two networks' softmaxes.
+
+    Of each pixel over classes, mean over labelled pixels, plus that of each class over pixels,
+    mean over classes. Per process where there are several.
+    """
+    valid = (labels != IGNORE).flatten()
+    p_S, p_T = (at_least_float32(z).softmax(1).movedim(1, -1).flatten(0, -2)[valid]
+                for z in (z_S, z_T))  # pixels,K
+    if not len(p_S):  # no labelled pixel: 0, but with a gradient for DistributedDataParallel
+        return at_least_float32(z_S).sum() * 0
+
+    def distance(a, b):  # rows
+        a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+        # the authors' 1e-8 stands beside the product of both lengths, so that the rows of classes
+        # absent from a batch lose their gradient. F.cosine_similarity would not let them
+        return 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)).mean()
+
+    return distance(p_S, p_T) + distance(p_S.T, p_T.T)
+
+
+def dkd_loss(z_S, z_T, labels, alpha=1.0, beta=8.0, temperature=4.0):
+    """DKD, 2203.08679, pixel-wise: tau^2 mean over labelled pixels of alpha TCKD + beta NCKD.
+
+    TCKD: KL of the pairs (target, all others). NCKD: KL of the softmaxes over the other classes.
+    tau is the temperature. The values are those of mdistiller for CIFAR-100.
+    """
+    z_S, z_T = at_least_float32(z_S) / temperature, at_least_float32(z_T) / temperature
+    m_S, m_T = margin(z_S, labels), margin(z_T, labels)
+    pair_S, pair_T = (torch.stack([F.logsigmoid(m), F.logsigmoid(-m)]) for m in (m_S, m_T))
+    target = labels.where(labels != IGNORE, 0)[:, None]
+    rest_S, rest_T = (log_softmax(z.scatter(1, target, -1e9)) for z in (z_S, z_T))
+    tckd = divergence(pair_S, pair_T, dim=0, kl="forward")
+    nckd = divergence(rest_S, rest_T, dim=1, kl="forward")
+    return temperature ** 2 * masked_mean(alpha * tckd + beta * nckd, labels != IGNORE)
 
 
 def skd_loss(map_S, map_T, labels):
-    """SKD, 1903.04197, pair-wise: mean squared difference of the cosines of all pairs of positions of an image.
+    """SKD, 1903.04197, pair-wise: mean squared difference of the cosines of an image's positions.
 
-    map_S, map_T: (B,C,h,w), the channels may differ; first max-pooled in 2x2 windows of stride 2, as in CIRKD (the
-    authors' windows are half the map). Windows without labels are left out; so is the adversarial part.
+    map_S, map_T: (B,C,h,w), the channels may differ. They are first max-pooled in 2x2 windows of
+    stride 2, as in CIRKD, where the authors' windows are half the map. Windows without labels are
+    left out, and so is the adversarial part.
     """
     valid = (labels != IGNORE)[:, None]
     mask = F.max_pool2d(valid.float(), 2, 2, ceil_mode=True).flatten(2) > 0  # B,1,n
 
     def cosines(x):
-        x = F.max_pool2d(at_least_float32(x).masked_fill(~valid, -torch.inf), 2, 2, ceil_mode=True).flatten(2)  # B,C,n
+        x = at_least_float32(x).masked_fill(~valid, -torch.inf)
+        x = F.max_pool2d(x, 2, 2, ceil_mode=True).flatten(2)  # B,C,n
         x = F.normalize(x.masked_fill(~mask, 0), dim=1)
         return x.transpose(1, 2) @ x  # B,n,n
 
@@ -269,11 +375,13 @@ def skd_loss(map_S, map_T, labels):
 
 
 def ifvd_loss(map_S, map_T, labels, classes):
-    """IFVD, ECCV 2020: each position's cosine to the mean feature of its class in its image, mean squared difference.
+    """IFVD, ECCV 2020: squared difference of each position's cosine to its class's mean feature.
 
-    map_S, map_T: (B,C,h,w), the channels may differ. Mean over labelled positions.
+    map_S, map_T: (B,C,h,w), the channels may differ. The mean feature is that of the class in the
+    image. Mean over labelled positions.
     """
-    onehot = F.one_hot(labels.where(labels != IGNORE, classes).flatten(1), classes + 1)[..., :classes]  # B,n,K
+    labels_or_last = labels.where(labels != IGNORE, classes).flatten(1)
+    onehot = F.one_hot(labels_or_last, classes + 1)[..., :classes]  # B,n,K
 
     def variation(x):
         x = at_least_float32(x).flatten(2)  # B,C,n
@@ -286,69 +394,47 @@ def ifvd_loss(map_S, map_T, labels, classes):
     return masked_mean(loss, labels.flatten(1) != IGNORE)
 
 
-def at_loss(map_S, map_T, labels):
-    """Attention transfer, 1612.03928: a = mean_C map^2, L2-normalised over an image's positions; squared difference.
+def cirkd_loss(map_S, map_T, labels, temperature=0.1):
+    """CIRKD, 2204.06986, mini-batch part: KL(teacher || student) of pixel-to-pixel affinities.
 
-    map_S, map_T: (B,C,h,w), the channels may differ. Mean over labelled positions.
+    For each ordered pair of images (i, j) and each pixel of i: the softmax, over the pixels of j,
+    of its cosines to them divided by the temperature. map_S, map_T: (B,C,h,w), the channels may
+    differ. Mean over labelled pixels of i and over the pairs; ignored pixels of j are left out.
+    The memory banks are left out too. As the natural control for L_pc it compares all patches of a
+    batch, but by softmaxes. Per process where there are several.
     """
-    mask = (labels != IGNORE).flatten(1)
+    valid = (labels != IGNORE).flatten(1)  # B,n
 
-    def attention(x):
-        return F.normalize(at_least_float32(x).square().mean(1).flatten(1).masked_fill(~mask, 0), dim=1)  # B,n
+    def affinities(x):
+        x = F.normalize(at_least_float32(x).flatten(2), dim=1)  # B,C,n
+        cosines = torch.einsum("ica,jcb->ijab", x, x) / temperature  # B,B,n,n
+        # not -inf, which would give 0 * (inf - inf) in the divergence
+        return F.log_softmax(cosines.masked_fill(~valid[None, :, None], -1e9), 3)
 
-    return masked_mean((attention(map_S) - attention(map_T)).square(), mask)
-
-
-def dist_loss(z_S, z_T, labels):
-    """DIST, 2205.10536: 1 - Pearson correlation of the softmaxes, of a pixel over classes and of a class over pixels.
-
-    The mean over labelled pixels plus the mean over classes; per process where there are several.
-    """
-    valid = (labels != IGNORE).flatten()
-    p_S, p_T = (at_least_float32(z).softmax(1).movedim(1, -1).flatten(0, -2)[valid] for z in (z_S, z_T))  # pixels,K
-    if not len(p_S):  # no labelled pixel: 0, but with a gradient for DistributedDataParallel
-        return at_least_float32(z_S).sum() * 0
-
-    def distance(a, b):  # rows
-        return 1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean()
-
-    return distance(p_S, p_T) + distance(p_S.T, p_T.T)
-
-
-def dkd_loss(z_S, z_T, labels, alpha=1.0, beta=8.0, temperature=4.0):
-    """DKD, 2203.08679, pixel-wise: tau^2 mean over pixels of alpha TCKD + beta NCKD (mdistiller's values).
-
-    TCKD: KL of the pairs (target, all others); NCKD: KL of the softmaxes over the other classes; tau = temperature.
-    """
-    z_S, z_T = at_least_float32(z_S) / temperature, at_least_float32(z_T) / temperature
-    m_S, m_T = margin(z_S, labels), margin(z_T, labels)
-    pair_S, pair_T = (torch.stack([F.logsigmoid(m), F.logsigmoid(-m)]) for m in (m_S, m_T))
-    target = labels.where(labels != IGNORE, 0)[:, None]
-    rest_S, rest_T = (log_softmax(z.scatter(1, target, -1e9)) for z in (z_S, z_T))
-    loss = alpha * divergence(pair_S, pair_T, 0, "forward") + beta * divergence(rest_S, rest_T, 1, "forward")
-    return temperature ** 2 * masked_mean(loss, labels != IGNORE)
-
-
-def deit_loss(z_S, z_T, labels):
-    """DeiT, 2012.12877, hard distillation: cross-entropy with the teacher's argmax on labelled pixels (one head)."""
-    return cross_entropy(z_S, z_T.argmax(1).where(labels != IGNORE, IGNORE))
+    with torch.autocast(map_S.device.type, enabled=False):
+        rows = divergence(affinities(map_S), affinities(map_T), dim=3, kl="forward")  # B,B,n
+    return masked_mean(rows, valid[:, None] & valid.any(1)[None, :, None])
 
 
 def fitnet_loss(V_S, V_T):
-    """FitNet, 1412.6550: mean squared difference of V^S and V^T (B,C,h,w), ignored pixels included: a plain hint."""
+    """FitNet, 1412.6550: mean squared difference of V^S and V^T (B,C,h,w): a plain hint.
+
+    Ignored pixels are included.
+    """
     return (at_least_float32(V_S) - at_least_float32(V_T)).square().mean()
 
 
 # ---------------------------------------------------------------- the methods
-# A method is one function of (S, T, labels), the two networks' Outputs and the labels (B,H,W), that returns named
-# unweighted terms, and one entry in METHODS. A new loss is both of these, and nothing anywhere else. A function with a
-# parameter `kl` gets the one of the command line.
+# A method is one function of (S, T, labels), the two networks' Outputs and the labels (B,H,W), that
+# returns named unweighted terms, and one entry in METHODS. A new loss is both of these, and nothing
+# anywhere else. A function with a parameter `kl` gets the one of the command line.
 
-def on_small_grid(labels, *maps):
-    """The maps and, last, the labels at crop/8 (rounded up), the grid of a teacher of stride 8, for the baselines."""
+def on_one_grid(labels, *maps):
+    """The maps and, last, the labels at crop/8, rounded up, the grid of a teacher of stride 8."""
     grid = [-(-side // 8) for side in labels.shape[1:]]
     nearest = F.interpolate(labels[:, None].float(), grid, mode="nearest-exact")[:, 0].long()
-    return *(resize(x, grid) for x in maps), nearest
+    # a map that shrinks is antialiased: else most of mit_nano's logits would get no gradient
+    return *(resize(x, grid, antialias=x.shape[-1] > grid[-1]) for x in maps), nearest
 
 
 def ce(S, T, labels):
@@ -356,86 +442,118 @@ def ce(S, T, labels):
 
 
 def kd(S, T, labels):
-    return ce(S, T, labels) | {"kd": kd_loss(*on_small_grid(labels, S.logits, T.logits))}
+    logits = on_one_grid(labels, S.logits, T.logits)
+    return {"ce": cross_entropy(S.logits, labels), "kd": kd_loss(*logits)}
 
 
 def cwd(S, T, labels):
-    return kd(S, T, labels) | {"cwd": cwd_loss(*on_small_grid(labels, S.logits, T.logits))}
+    logits = on_one_grid(labels, S.logits, T.logits)
+    return {"ce": cross_entropy(S.logits, labels), "kd": kd_loss(*logits),
+            "cwd": cwd_loss(*logits)}
 
 
 def dist(S, T, labels):
-    return ce(S, T, labels) | {"dist": dist_loss(*on_small_grid(labels, S.logits, T.logits))}
+    logits = on_one_grid(labels, S.logits, T.logits)
+    return {"ce": cross_entropy(S.logits, labels), "dist": dist_loss(*logits)}
 
 
 def dkd(S, T, labels):
-    return ce(S, T, labels) | {"dkd": dkd_loss(*on_small_grid(labels, S.logits, T.logits))}
-
-
-def deit(S, T, labels):
-    return ce(S, T, labels) | {"deit": deit_loss(*on_small_grid(labels, S.logits, T.logits))}
+    logits = on_one_grid(labels, S.logits, T.logits)
+    return {"ce": cross_entropy(S.logits, labels), "dkd": dkd_loss(*logits)}
 
 
 def skd(S, T, labels):
-    return kd(S, T, labels) | {"skd": skd_loss(*on_small_grid(labels, S.before_classifier, T.before_classifier))}
+    maps = on_one_grid(labels, S.before_classifier, T.before_classifier)
+    return kd(S, T, labels) | {"skd": skd_loss(*maps)}
 
 
 def ifvd(S, T, labels):
-    maps = on_small_grid(labels, S.before_classifier, T.before_classifier)
+    maps = on_one_grid(labels, S.before_classifier, T.before_classifier)
     return kd(S, T, labels) | {"ifvd": ifvd_loss(*maps, classes=S.logits.shape[1])}
 
 
-def at(S, T, labels):
-    return kd(S, T, labels) | {"at": at_loss(*on_small_grid(labels, S.before_classifier, T.before_classifier))}
+def cirkd(S, T, labels):
+    maps = on_one_grid(labels, S.before_classifier, T.before_classifier)
+    return kd(S, T, labels) | {"cirkd": cirkd_loss(*maps)}
 
 
 def fitnet(S, T, labels):
-    return ce(S, T, labels) | {"fitnet": fitnet_loss(*visual_maps(S, T))}
+    return {"ce": cross_entropy(S.logits, labels), "fitnet": fitnet_loss(*visual_maps(S, T))}
 
 
-# the controls: is it VLFD, or any hint? PDD, or cross-entropy as well?
+# two controls: is it VLFD, or does any hint do? Is it PDD, or does cross-entropy do as well?
 
 def pdd_fitnet(S, T, labels, kl="forward"):
-    return {"pdd": pdd_loss(S.logits, T.logits, labels, kl), "fitnet": fitnet_loss(*visual_maps(S, T))}
+    return {"pdd": pdd_loss(S.logits, T.logits, labels, kl),
+            "fitnet": fitnet_loss(*visual_maps(S, T))}
 
 
 def vlfd(S, T, labels, kl="forward"):
-    V_S, V_T = visual_maps(S, T)
-    return ce(S, T, labels) | {"gb": global_visual_loss(V_S, V_T, kl), "pc": patch_loss(V_S, V_T),
-                               "lc": linguistic_loss(S.embedding, T.embedding, kl)}
+    terms = c2vkd(S, T, labels, kl)
+    del terms["pdd"]
+    return {"ce": cross_entropy(S.logits, labels)} | terms
 
 
-class Method(NamedTuple):
-    """weights: of the function's terms; needs: what it reads besides the student's own outputs, of the words teacher,
-    A_v (fills S.projected), A_l (fills both embeddings, needs P)."""
+NEEDS = {"teacher", "A_v", "A_l"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of METHODS.
+
+    function: (S, T, labels) or (S, T, labels, kl) -> name -> unweighted term.
+    weights: of those terms.
+    needs: what the function reads beside the student's own outputs. "teacher" fills T, "A_v" fills
+    S.projected, "A_l" fills both embeddings and needs the pool P.
+    """
     function: Callable
     weights: dict
-    needs: str = "teacher"
+    needs: frozenset = frozenset({"teacher"})
+
+    def __post_init__(self):
+        unknown = set(self.needs) - NEEDS
+        if unknown:
+            raise ValueError(f"needs {sorted(unknown)}: a method can need {sorted(NEEDS)}")
+
+    @property
+    def has_direction(self):
+        """Whether the function has a parameter `kl`."""
+        return "kl" in inspect.signature(self.function).parameters
+
+    def terms(self, S, T, labels, kl="forward"):
+        """The method's unweighted terms, name -> scalar."""
+        direction = {"kl": kl} if self.has_direction else {}
+        return self.function(S, T, labels, **direction)
 
 
+HINT = {"teacher", "A_v"}
 KD = {"ce": 1.0, "kd": 1.0}
-# differs: paper's not known to us, release 0.1, 0.1, 0.5 in its units (c2vkd_weights), here 10, 20, 2 in ours
+# differs: paper's not known to us, release 0.1, 0.1, 0.5 in its units, here 10, 20, 2 in ours
 VLFD = {"gb": 10.0, "pc": 20.0, "lc": 2.0}
 METHODS = {  # beside each: where its weights come from
-    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD, "teacher A_v A_l"),  # ours, chosen on shapes val
-    "ce": Method(ce, {"ce": 1.0}, needs=""),  # the student alone
+    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD, NEEDS),  # ours, chosen on shapes val
+    "ce": Method(ce, {"ce": 1.0}, needs=()),  # the student alone
     "kd": Method(kd, KD),  # CIRKD's scripts
-    "cwd": Method(cwd, KD | {"cwd": 0.3}),  # CIRKD's SegFormer script; logits only
-    "skd": Method(skd, KD | {"skd": 10.0}),  # CIRKD's script; without its adversarial part
-    "ifvd": Method(ifvd, KD | {"ifvd": 20.0}),  # CIRKD's script; without its adversarial part
-    "at": Method(at, KD | {"at": 10000.0}),  # CIRKD's script; the last map only
+    "cwd": Method(cwd, KD | {"cwd": 0.3}),  # CIRKD's SegFormer script, logits alone, no adversary
+    "skd": Method(skd, KD | {"skd": 10.0}),  # CIRKD's script, without its adversarial part
+    "ifvd": Method(ifvd, KD | {"ifvd": 20.0}),  # CIRKD's script, without its adversarial part
+    "cirkd": Method(cirkd, KD | {"cirkd": 1.0}),  # CIRKD's script, without its memory banks
     "dist": Method(dist, {"ce": 1.0, "dist": 1.0}),  # its authors' segmentation script
     # at mdistiller's weight 1.0 its gradient in the encoder was 8 times cross-entropy's on CamVid
-    "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}),  # ours, chosen on CamVid val; the rest mdistiller's
-    "deit": Method(deit, {"ce": 0.5, "deit": 0.5}),  # DeiT's paper; one head instead of a distillation token
-    "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, "teacher A_v"),  # CIRKD's script; without its KD term
-    "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, "teacher A_v"),  # ours, a control
-    "vlfd": Method(vlfd, {"ce": 1.0} | VLFD, "teacher A_v A_l"),  # ours, a control
+    "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}),  # ours, chosen on CamVid val
+    "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, HINT),  # CIRKD's script without its KD
+    "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, HINT),  # ours, a control
+    "vlfd": Method(vlfd, {"ce": 1.0} | VLFD, NEEDS),  # ours, a control
 }
 
 
 def c2vkd_weights(units, c_teacher, embedding=512):
-    """The release's weights of C2VKD's feature terms, 0.1, 0.1, 0.5: "summed" applies the numbers to our reductions;
-    "released" reproduces its units, KL averaged over every element, affinity divided by C - 1: nearly inert."""
-    return {"summed": {"pdd": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5},
-            "released": {"pdd": 1.0, "gb": 0.1 / c_teacher, "pc": 0.1 / (c_teacher - 1) ** 2,
-                         "lc": 0.5 / embedding}}[units]
+    """The release's weights 0.1, 0.1, 0.5 of C2VKD's feature terms.
+
+    "summed" applies the numbers to our reductions. "released" reproduces the release's units, in
+    which the KL is averaged over every element and the affinity divided by C - 1: nearly inert.
+    """
+    summed = {"pdd": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5}
+    released = {"pdd": 1.0, "gb": 0.1 / c_teacher, "pc": 0.1 / (c_teacher - 1) ** 2,
+                "lc": 0.5 / embedding}
+    return {"summed": summed, "released": released}[units]

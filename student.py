@@ -8,6 +8,7 @@ so that those load strictly. Decoder: SegFormer's all-MLP head, for both familie
     B batch, H W image height and width, N = h * w tokens of a stage, C channels, K classes
 """
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,29 @@ from torch import nn
 from data import InputError, load_strictly, read_weights
 from losses import Outputs
 
-# variant: patch strides, dims, depths, heads, spatial reductions, MLP ratios, decoder width, stochastic depth
+@dataclass(frozen=True)
+class Variant:
+    """One row of VARIANTS. Tuples have one entry a stage."""
+    dims: tuple  # channels
+    strides: tuple = (4, 2, 2, 2)  # of the patch embeddings
+    depths: tuple = (2, 2, 2, 2)  # blocks
+    heads: tuple = (1, 2, 5, 8)
+    reductions: tuple = (8, 4, 2, 1)  # of keys and values, a side
+    mlp_ratios: tuple = (4, 4, 4, 4)
+    width: int = 256  # of the decoder
+    drop: float = 0.1  # stochastic depth of the last block
+
+
+B0, B1 = (32, 64, 160, 256), (64, 128, 320, 512)
 VARIANTS = {
-    "mit_b0": ((4, 2, 2, 2), (32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), 256, 0.1),
-    "mit_b1": ((4, 2, 2, 2), (64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), 256, 0.1),
-    "pvt_v2_b0": ((4, 2, 2, 2), (32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), 256, 0.1),
-    "pvt_v2_b1": ((4, 2, 2, 2), (64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), 256, 0.1),
-    # ours, for small pictures on a CPU, without published weights. A 64-pixel crop keeps 8x8 tokens for the feature
-    # losses, where the strides 4, 8, 16, 32 of the others would leave 2x2 and hardly a place to compare
-    "mit_nano": ((2, 2, 2, 1), (32, 64, 128, 192), (1, 1, 2, 1), (1, 2, 4, 6), (8, 4, 2, 1), (4, 4, 4, 4), 128, 0.0),
+    "mit_b0": Variant(B0),
+    "mit_b1": Variant(B1),
+    "pvt_v2_b0": Variant(B0, mlp_ratios=(8, 8, 4, 4)),
+    "pvt_v2_b1": Variant(B1, mlp_ratios=(8, 8, 4, 4)),
+    # ours, for small pictures on a CPU, without published weights. Its stride of 8 leaves 8x8 tokens
+    # of a 64-pixel crop to the feature losses, where the stride of 32 of the others leaves 2x2
+    "mit_nano": Variant((32, 64, 128, 192), strides=(2, 2, 2, 1), depths=(1, 1, 2, 1),
+                        heads=(1, 2, 4, 6), width=128, drop=0.0),
 }
 IMAGENET = {  # the official files; MiT's lives in its authors' Hugging Face repository
     "mit_b0": "https://huggingface.co/nvidia/mit-b0/resolve/main/pytorch_model.bin",
@@ -124,16 +139,18 @@ class Encoder(nn.Module):
 
     def __init__(self, variant):
         super().__init__()
-        strides, dims, depths, heads, srs, ratios, _, drop = VARIANTS[variant]
-        drops = (drop * i / (sum(depths) - 1) for i in range(sum(depths)))
+        v, blocks = VARIANTS[variant], sum(VARIANTS[variant].depths)
+        drops = (v.drop * i / (blocks - 1) for i in range(blocks))  # from 0 up, linearly
         c_in = 3
-        for i in range(4):
-            embed = OverlapPatchEmbed(c_in, dims[i], 7 if i == 0 else 3, strides[i])
-            blocks = [Block(dims[i], heads[i], srs[i], ratios[i], next(drops)) for _ in range(depths[i])]
-            setattr(self, f"patch_embed{i + 1}", embed)
-            setattr(self, f"block{i + 1}", nn.ModuleList(blocks))
-            setattr(self, f"norm{i + 1}", nn.LayerNorm(dims[i], eps=1e-6))
-            c_in = dims[i]
+        for i, dim in enumerate(v.dims):
+            stage = [Block(dim, v.heads[i], v.reductions[i], v.mlp_ratios[i], next(drops))
+                     for _ in range(v.depths[i])]
+            kernel = 7 if i == 0 else 3
+            self.add_module(f"patch_embed{i + 1}",
+                            OverlapPatchEmbed(c_in, dim, kernel, v.strides[i]))
+            self.add_module(f"block{i + 1}", nn.ModuleList(stage))
+            self.add_module(f"norm{i + 1}", nn.LayerNorm(dim, eps=1e-6))
+            c_in = dim
 
     def forward(self, x):
         maps = []
@@ -148,7 +165,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """SegFormer's all-MLP head: each stage to `width` channels, all to the first stage's size, fuse, classify."""
+    """SegFormer's all-MLP head: each stage to `width` channels, fused at the first stage's size.
+
+    The official head interpolates all stages, concatenates them and fuses with a 1x1 convolution.
+    Such a convolution and bilinear interpolation commute, so here each stage meets its block of the
+    fusing weights at its own size: the same function and state dict, for 0.6 of the arithmetic.
+    """
     # differs: paper and release put an FPN behind PVT, here all students have this head
 
     def __init__(self, dims, width, classes):
@@ -160,9 +182,13 @@ class Decoder(nn.Module):
         self.classifier = nn.Conv2d(width, classes, 1)
 
     def forward(self, maps):
-        size = maps[0].shape[2:]
-        maps = [F.interpolate(linear(m), size, mode="bilinear") for linear, m in zip(self.linears, maps)]
-        fused = F.relu(self.norm(self.fuse(torch.cat(maps[::-1], 1))))  # B,width,h_1,w_1
+        blocks = self.fuse.weight.chunk(4, dim=1)[::-1]  # the official order: last stage first
+        parts = [F.conv2d(linear(x), block)
+                 for x, linear, block in zip(maps, self.linears, blocks)]  # B,width,h_i,w_i
+        fused = parts[0]
+        for part in parts[1:]:
+            fused = fused + F.interpolate(part, fused.shape[2:], mode="bilinear")
+        fused = F.relu(self.norm(fused))  # B,width,h_1,w_1
         return self.classifier(self.dropout(fused)), fused
 
 
@@ -171,10 +197,10 @@ class Student(nn.Module):
 
     def __init__(self, variant, classes):
         super().__init__()
-        _, dims, *_, width, _ = VARIANTS[variant]
-        self.channels = dims[-1]
+        dims = VARIANTS[variant].dims
+        self.channels = dims[-1]  # C_S
         self.encoder = Encoder(variant)
-        self.decoder = Decoder(dims, width, classes)
+        self.decoder = Decoder(dims, VARIANTS[variant].width, classes)
         self.apply(_init)
 
     def forward(self, x):
@@ -190,7 +216,7 @@ class StudentWithHeads(nn.Module):
     over positions, then a 1x1 convolution. needs: the words A_v, A_l, whichever the method reads. Neither is deployed.
     """
 
-    def __init__(self, student, c_teacher=None, seed=0, needs="A_v A_l"):
+    def __init__(self, student, c_teacher=None, seed=0, needs=("A_v", "A_l")):
         super().__init__()
         self.student, self.heads = student, nn.ModuleDict()
         if c_teacher is None:

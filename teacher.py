@@ -27,7 +27,7 @@ EMBEDDING = 512  # coordinates of e^T and e^S: CLIP RN101's
 class Teacher(nn.Module):
     """(B,3,H,W) -> Outputs: logits z^T (B,K,h,w), encoder feature F^T (B,C_T,h,w), before_classifier (B,D,h,w).
 
-    h, w: H/8, W/8 with a ResNet, H/16, W/16 with MobileNetV3. name: a row of TEACHERS.
+    h, w: H/8, W/8 with a ResNet, H/16, W/16 with a MobileNet. name: a row of TEACHERS.
     """
     # differs: paper and release DeepLabV3+ of stride 16, here torchvision's DeepLabV3, without the low-level branch
 
@@ -71,6 +71,19 @@ def _resnet10(classes):
     return DeepLabV3(IntermediateLayerGetter(net, {"layer4": "out"}), DeepLabHead(512, classes, (2, 4)))
 
 
+def _mobilenet_v2(classes):
+    """DeepLabV3 on MobileNetV2's convolutions up to features.17, output stride 16."""
+    features = models.mobilenet_v2(weights=None).features[:18]
+    for index in range(14, 18):  # the last stage is dilated instead of strided
+        depthwise = features[index].conv[1][0]
+        if index == 14:
+            depthwise.stride = (1, 1)
+        else:
+            depthwise.dilation = depthwise.padding = (2, 2)
+    backbone = IntermediateLayerGetter(features, {"17": "out"})
+    return DeepLabV3(backbone, DeepLabHead(320, classes, (3, 6, 9)))
+
+
 class Kind(NamedTuple):
     """A kind of teacher. build: classes -> a network with .backbone, x -> {"out": F^T}, and .classifier, a Sequential
     from F^T to logits whose last layer classifies; channels: C_T; imagenet: torchvision's weights of the backbone."""
@@ -84,33 +97,48 @@ TEACHERS = {
     "deeplabv3_resnet50": Kind(torchvision_net("deeplabv3_resnet50"), 2048, models.ResNet50_Weights.IMAGENET1K_V2),
     "deeplabv3_mobilenet_v3_large": Kind(torchvision_net("deeplabv3_mobilenet_v3_large"), 960,
                                          models.MobileNet_V3_Large_Weights.IMAGENET1K_V2),
+    "deeplabv3_mobilenet_v2": Kind(_mobilenet_v2, 320, models.MobileNet_V2_Weights.IMAGENET1K_V1),
     "deeplabv3_resnet10": Kind(_resnet10, 512),
 }
 
 
 def initialise(teacher, name, source):
-    """Weights of a teacher, strictly: "none" (random), "imagenet" (torchvision's, of the backbone, before stage 1) or
-    a finished teacher's: "voc" (torchvision's COCO_WITH_VOC_LABELS_V1) or the path of a plain torchvision state dict.
+    """Fill a teacher strictly.
 
-    Prints what is left aside: ImageNet's classifier, an auxiliary head. Raises InputError for a file of another network
-    or of another number of classes.
+    source: "none" (random weights), "imagenet" (torchvision's file of the backbone), "voc"
+    (torchvision's finished teacher), or the path of a plain state dict in torchvision's names,
+    either of a backbone or of a finished teacher. Prints what is left aside: ImageNet's
+    classifier, an auxiliary head. Raises InputError for a file of another network or of another
+    number of classes.
     """
     if source == "none":
         return
-    module, aside, wanted = teacher, ("aux_classifier.",), f"{name} with the classes of this data set"
     if source in ("imagenet", "voc") and TEACHERS[name].imagenet is None:
         raise InputError(f"{name} has no published weights: use --teacher-weights none or a FILE")
     if source == "voc":
         source = models.get_model_weights(name)["COCO_WITH_VOC_LABELS_V1"].url
     elif source == "imagenet":
         source = TEACHERS[name].imagenet.url
-        module, aside, wanted = teacher.backbone, ("fc.", "classifier."), f"the backbone of {name}"
     state = read_weights(source, "--teacher-weights")
-    if module is not teacher:  # torchvision's MobileNetV3 file calls layer 0 "features.0", its backbone "0"
-        state = {k.removeprefix("features."): v for k, v in state.items()}
-    left = load_strictly(module, state, source, wanted, "give --teacher the network of the file", aside)
-    names = ", ".join(sorted({k.split(".")[0] for k in left}))
-    print(f"teacher: {source}" + (f"; not loaded: {len(left)} tensors {names}" if left else ""))
+    remedy = "give --teacher the network of the file"
+    if is_backbone(state):
+        # torchvision's MobileNet files call layer 0 "features.0", their backbones "0"
+        state = {key.removeprefix("features."): value for key, value in state.items()}
+        # MobileNetV2's last convolution lies behind F^T
+        aside = ("fc.", "classifier.", "18.") if "mobilenet_v2" in name else ("fc.", "classifier.")
+        left = load_strictly(teacher.backbone, state, source, f"the backbone of {name}", remedy,
+                             aside)
+    else:
+        wanted = f"{name} with the classes of this data set"
+        left = load_strictly(teacher, state, source, wanted, remedy, aside=("aux_classifier.",))
+    names = ", ".join(sorted({key.split(".")[0] for key in left}))
+    aside = f"; not loaded: {len(left)} tensors of {names}" if left else ""
+    print(f"teacher: {source}{aside}")
+
+
+def is_backbone(state):
+    """Whether a state dict is a backbone's alone: a finished teacher's names begin with backbone."""
+    return not any(key.startswith("backbone.") for key in state)
 
 
 class AttentionPool(nn.Module):

@@ -10,8 +10,6 @@ command again continues where it stopped; a finished run prints its table.
 """
 import argparse
 import csv
-import inspect
-import json
 import math
 import os
 import signal
@@ -36,7 +34,7 @@ from evaluate import (commonest, comparison, evaluate, load_network, read_scores
                       write_json, write_scores)
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
 from teacher import (TEACHERS, PoolFitter, Teacher, average_precision, initialise, load_clip_pool, pool_grid,
-                     presence)
+                     is_backbone, presence)
 
 
 # ---------------------------------------------------------------- the three stages
@@ -47,7 +45,6 @@ def distil(args, data, teacher, pool):
     teacher, pool: frozen, None where the method needs none. Returns the student.
     """
     method = losses.METHODS[args.method]
-    direction = {"kl": args.kl} if args.kl == "reverse" else {}  # not every method has one
     torch.manual_seed(args.seed)
     student = Student(args.student, len(data.classes))
     load_encoder(student.encoder, args.student, args.student_weights)
@@ -66,7 +63,7 @@ def distil(args, data, teacher, pool):
                 if pool:
                     T = T._replace(embedding=pool(T.feature))  # e^T = P(F^T)
             S = net(images)  # z^S, F^S, A_v(F^S), e^S
-            terms = method.function(S, T, labels, **direction)
+            terms = method.terms(S, T, labels, args.kl)
             loss = losses.total_loss(terms, args.term_weights)  # Eq. 10
         measured = step % args.report_every == 0 or step == args.steps - 1
         norms = gradient_norms(terms, student.encoder, args) if measured else {}
@@ -382,7 +379,7 @@ def train(args):
     data = open_dataset(args.dataset, args.data)
     if args.batch_size % args.processes:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {args.processes} processes")
-    needs = "teacher A_l" if args.method == "teacher" else losses.METHODS[args.method].needs
+    needs = {"teacher", "A_l"} if args.method == "teacher" else losses.METHODS[args.method].needs
     # a wrong or missing file shows now, not after hours of stage 1
     given = given_teacher(args, data) if needs else None
     if args.clip:
@@ -441,7 +438,11 @@ def given_teacher(args, data):
     source = args.teacher_weights
     if source in ("imagenet", "none"):
         return None
-    if source == "voc" or "module" not in load_checkpoint(source):
+    if source != "voc":
+        state = load_checkpoint(source)
+        if "module" not in state and is_backbone(state):
+            return None
+    if source == "voc" or "module" not in state:
         teacher = Teacher(args.teacher, len(data.classes))
         initialise(teacher, args.teacher, source)
     else:
@@ -603,8 +604,8 @@ def parse_options(argv=None):
     args.workers = (8 if args.gpus else 0) if args.workers is None else args.workers
     args.both = args.method is None and args.dataset == "shapes"
     args.method = args.method or "c2vkd"
-    function = losses.METHODS[args.method].function if args.method != "teacher" else train_teacher
-    if args.kl == "reverse" and "kl" not in inspect.signature(function).parameters:
+    directed = args.method != "teacher" and losses.METHODS[args.method].has_direction
+    if args.kl == "reverse" and not directed:
         raise InputError(f"--kl reverse: {args.method} has no direction to choose; it goes with --method c2vkd")
     if args.clip and args.method != "teacher" and "A_l" not in losses.METHODS[args.method].needs:
         raise InputError(f"--clip: {args.method} uses no attention pool; it goes with --method c2vkd")

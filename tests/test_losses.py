@@ -129,13 +129,20 @@ def ifvd(S, T, labels):
     return torch.stack([(variation(S, *p) - variation(T, *p)) ** 2 for p in pixels(labels)]) / len(pixels(labels))
 
 
-def at(S, T, labels):
-    def attention(D, image):
-        a = torch.stack([D[b, :, i, j].square().mean() for b, i, j in image])
-        return a / a.square().sum().sqrt()
+def cirkd(S, T, labels, temperature=0.1):
+    """KL of the affinity rows of every labelled pixel to the labelled pixels of each image."""
     images = [[p for p in pixels(labels) if p[0] == b] for b in range(len(labels))]
-    summands = [(attention(S, image) - attention(T, image)) ** 2 for image in images if image]
-    return torch.cat(summands) / len(pixels(labels))
+    out = []
+    for mine, other in itertools.product([i for i in images if i], repeat=2):
+        for b, i, j in mine:
+            rows = []
+            for D in (S, T):
+                f = D[b, :, i, j]
+                cosines = [f.dot(g) / (f.dot(f) * g.dot(g)).sqrt()
+                           for g in (D[c, :, k, l] for c, k, l in other)]
+                rows.append(probabilities(torch.stack(cosines) / temperature))
+            out.append(kl_summands(*rows, "forward"))
+    return torch.cat(out) / (len(pixels(labels)) * len([i for i in images if i]))
 
 
 def dist(S, T, labels):
@@ -143,7 +150,7 @@ def dist(S, T, labels):
 
     def pearson(a, b):
         a, b = a - a.mean(), b - b.mean()
-        return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
+        return (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt() + 1e-8)
 
     pixel, classwise = ([1 - pearson(a, b) for a, b in zip(*pair)] for pair in ((P, Q), (P.T, Q.T)))
     return torch.cat([torch.stack(pixel) / len(pixel), torch.stack(classwise) / len(classwise)])
@@ -159,13 +166,6 @@ def dkd(S, T, labels, alpha=1, beta=8, temperature=4):
         out += [alpha * kl_summands(folded(p, y), folded(t, y), "forward"),
                 beta * kl_summands(rest_p, rest_t, "forward")]
     return temperature ** 2 / len(pixels(labels)) * torch.cat(out)
-
-
-def deit(S, T, labels):
-    believed = labels.clone()
-    for b, i, j in pixels(labels):
-        believed[b, i, j] = max(range(T.shape[1]), key=lambda k: T[b, k, i, j])
-    return cross_entropy(S, T, believed)
 
 
 # ---------------------------------------------------------------- every term under one signature: (S, T, labels)
@@ -203,7 +203,7 @@ FEATURES = {  # no labels
     "pc": (pc_of_maps, patch),
     "fitnet": (fitnet_of_maps, fitnet),
 }
-MASKED_FEATURES = {"skd": (losses.skd_loss, skd), "ifvd": (ifvd_of_maps, ifvd), "at": (losses.at_loss, at)}
+MASKED_FEATURES = {"skd": (losses.skd_loss, skd), "ifvd": (ifvd_of_maps, ifvd), "cirkd": (losses.cirkd_loss, cirkd)}
 LOGITS = {
     "pdd forward": (partial(losses.pdd_loss, kl="forward"), partial(pdd, kl="forward")),
     "pdd reverse": (partial(losses.pdd_loss, kl="reverse"), partial(pdd, kl="reverse")),
@@ -213,7 +213,6 @@ LOGITS = {
     "cwd": (losses.cwd_loss, cwd),
     "dist": (losses.dist_loss, dist),
     "dkd": (losses.dkd_loss, dkd),
-    "deit": (losses.deit_loss, deit),
 }
 MASKED = MASKED_FEATURES | LOGITS
 TERMS = FEATURES | MASKED
@@ -319,11 +318,12 @@ def test_upsampling_raises_half_precision_and_keeps_float64(dtype, wanted):
 
 # ---------------------------------------------------------------- properties
 
-@pytest.mark.parametrize("name", [n for n in TERMS if n.split()[0] not in ("pdd", "ce", "deit")])
+@pytest.mark.parametrize("name", [n for n in TERMS if n.split()[0] not in ("pdd", "ce")])
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(name):
     S, _, labels = inputs(name)
     value, gradient = value_and_gradient(TERMS[name][0], S, S.clone(), labels)
-    assert abs(value) < 1e-12 and gradient.abs().max() < 1e-12
+    limit = 1e-6 if name == "dist" else 1e-12  # DIST's authors add 1e-8 to the product of two lengths
+    assert abs(value) < limit and gradient.abs().max() < limit
 
 
 @pytest.mark.parametrize("kl", KL)
