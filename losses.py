@@ -1,4 +1,4 @@
-"""The C2VKD objective (arXiv 2310.07265), equation by equation, then the methods it is compared with.
+"""The C2VKD objective (arXiv 2310.07265) by its equations, then the methods it is compared with.
 
 Tensors in, unweighted scalars out. `total_loss` weights them. The caller keeps gradients away from
 the teacher's tensors.
@@ -52,7 +52,7 @@ class Outputs(NamedTuple):
 # ---------------------------------------------------------------- Eq. 10
 
 def total_loss(terms, weights):
-    """Eq. 10: L = L_PDD + l_gb L_gb + l_pc L_pc + l_lc L_lc, and likewise for every other method."""
+    """Eq. 10: L = L_PDD + l_gb L_gb + l_pc L_pc + l_lc L_lc, and so for every other method."""
     return sum(weights[name] * term for name, term in terms.items())
 
 

@@ -1,21 +1,23 @@
 """Train a CNN teacher, fit its attention pool, distil a Vision Transformer student.
 
-    python train.py                                   # embedded data set: teacher, student alone, student distilled
+    python train.py                                  # embedded data set: teacher, two students
     python train.py --dataset ade20k --gpus 1
     python train.py --dataset folder --data path/to/data --method ce
     torchrun --nnodes 2 --nproc-per-node 8 ... train.py --dataset cityscapes
 
-Stage 1 trains the teacher (`train_teacher`), stage 2 fits the pool P (`fit_pool`), stage 3 distils (`distil`). The same
-command again continues where it stopped; a finished run prints its table.
+Stage 1 trains the teacher (`train_teacher`), stage 2 fits the pool P (`fit_pool`), stage 3 distils
+(`distil`). The same command again continues where it stopped. A finished run prints its table.
 """
-import argparse
 import csv
+import hashlib
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import time
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,604 +29,1047 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import losses
-from data import (DATASETS, InputError, Parser, TrainStream, at_least, command, data_folder, load_checkpoint,
-                  load_strictly, normalise, open_dataset, progress, quiet_worker, save_tensors, unlabelled_slots,
-                  write_atomically)
-from evaluate import (commonest, comparison, evaluate, load_network, read_scores, report, report_terms, scores, table,
-                      write_json, write_scores)
+from data import (DATASETS, DataSet, InputError, Parser, TrainStream, at_least, command,
+                  judge_labels, load_checkpoint, load_strictly, locked, normalise, open_dataset,
+                  progress, quiet_worker, save_tensors, scan_labels, unwrap, write_atomically)
+from evaluate import (commonest, comparison, evaluate, load_network, read_scores, report,
+                      report_terms, scores, table, write_json, write_scores)
+from losses import METHODS, cross_entropy, total_loss
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
-from teacher import (TEACHERS, PoolFitter, Teacher, average_precision, initialise, load_clip_pool, pool_grid,
-                     is_backbone, presence)
+from teacher import (TEACHERS, PoolFitter, Teacher, average_precision, initialise, is_backbone,
+                     load_clip_pool, pool_grid, presence)
 
 
 # ---------------------------------------------------------------- the three stages
 
-def distil(args, data, teacher, pool):
-    """Stage 3: the student learns from the labels and, unless the method is `ce`, from the frozen teacher.
+def distil(run, weights, teacher=None, pool=None):
+    """Stage 3: the student learns from the labels and, unless the method is `ce`, from the teacher.
 
+    run: the Run of the student. weights: what its encoder starts from, see `load_encoder`.
     teacher, pool: frozen, None where the method needs none. Returns the student.
     """
-    method = losses.METHODS[args.method]
-    torch.manual_seed(args.seed)
-    student = Student(args.student, len(data.classes))
-    load_encoder(student.encoder, args.student, args.student_weights)
-    module = StudentWithHeads(student, teacher.channels if teacher else None, args.seed, method.needs)
-    module, net = on_device(module, args)  # module: what is trained and saved; net: the same for several processes
-    # one rate for all parameters; biases and norms are not spared weight decay
-    optimizer = torch.optim.AdamW(module.parameters(), args.lr, weight_decay=0.01, fused=bool(args.gpus))
-    run = Run(args, data, "student", module, optimizer, network=student, shown={"teacher": teacher, "student": student})
-    unlabelled = unlabelled_slots(data, args.batch_size) if "A_v" in method.needs else 0  # V^S, V^T need no label
+    stage, method = run.stage, METHODS[run.stage.method]
+    torch.manual_seed(stage.seed)
+    student = Student(stage.network, len(stage.classes))
+    trained = StudentWithHeads(student, teacher and teacher.channels, stage.seed, method.needs)
+    trained = run.place(trained)
+    # one rate for all parameters: biases and norms are not spared weight decay
+    optimizer = torch.optim.AdamW(trained.parameters(), stage.rate, weight_decay=0.01,
+                                  fused=run.machine.cuda)
+    checkpoint = Checkpoint(run, trained, optimizer)
+    with one_process_first():
+        if not checkpoint.found:
+            load_encoder(student.encoder, stage.network, weights)
+    parallel = run.parallel(trained)  # the same network, with gradients averaged over processes
+    shown = {"teacher": teacher, "student": student}
+    log = Log(run, checkpoint.step, measured=measured_steps(stage.steps))
+    if checkpoint.step == 0:
+        log.write(0, miou=validate(run, 0, student, shown))
 
-    for step, images, labels in run.batches(unlabelled):
-        run.set_rate(schedule(step, args.steps, args.warmup, power=1))
-        with precision(args):
+    for step, images, labels in batches(run, checkpoint.step, "A_v" in method.needs):
+        set_rate(optimizer, schedule(step, stage.steps, stage.warmup, power=1))
+        with run.machine.precision():
             with torch.no_grad():
                 T = teacher(images) if teacher else None  # z^T, F^T
                 if pool:
                     T = T._replace(embedding=pool(T.feature))  # e^T = P(F^T)
-            S = net(images)  # z^S, F^S, A_v(F^S), e^S
-            terms = method.terms(S, T, labels, args.kl)
-            loss = losses.total_loss(terms, args.term_weights)  # Eq. 10
-        measured = step % args.report_every == 0 or step == args.steps - 1
-        norms = gradient_norms(terms, student.encoder, args) if measured else {}
+            S = parallel(images)  # z^S, F^S, A_v(F^S), e^S
+            terms = method.terms(S, T, labels, stage.kl)
+            loss = total_loss(terms, stage.weights)  # Eq. 10
+        if step in log.measured:
+            log.add_gradients(terms, cross_entropy(S.logits, labels), student.encoder)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run.log(terms, norms)
+
+        log.add(terms)
+        if run.validates(step):
+            log.write(step, optimizer, trained, validate(run, step, student, shown))
+            checkpoint.save(step)
+        elif run.writes(step):
+            log.write(step, optimizer, trained)
+            checkpoint.save_if_due(step)
     return student.eval()
 
 
-def train_teacher(args, data):
-    """Stage 1: DeepLabV3 learns from the labels, with cross-entropy. Returns it frozen."""
-    torch.manual_seed(args.seed)
-    teacher = Teacher(args.teacher, len(data.classes))
-    initialise(teacher, args.teacher, args.teacher_weights)
-    teacher, net = on_device(teacher, args)
-    if args.teacher_weights == "none":
-        optimizer = torch.optim.AdamW(teacher.parameters(), args.teacher_lr, weight_decay=0.01)
-    else:  # ours: the field's usual recipe, the fresh head ten times faster
-        optimizer = torch.optim.SGD([{"params": teacher.backbone.parameters()},
-                                     {"params": teacher.classifier.parameters(), "lr": 10 * args.teacher_lr}],
-                                    args.teacher_lr, momentum=0.9, weight_decay=5e-4)
-    run = Run(args, data, "teacher", teacher, optimizer, network=teacher, shown={"teacher": teacher})
+def train_teacher(run, weights):
+    """Stage 1: DeepLabV3 learns from the labels, with cross-entropy. Returns it frozen.
 
-    for step, images, labels in run.batches():
-        run.set_rate(schedule(step, args.teacher_steps, args.warmup, power=0.9))
-        with precision(args):
-            terms = {"ce": losses.cross_entropy(net(images).logits, labels)}
+    run: the Run of the teacher. weights: what it starts from, see `initialise`.
+    """
+    stage = run.stage
+    torch.manual_seed(stage.seed)
+    teacher = run.place(Teacher(stage.network, len(stage.classes)))
+    optimizer = teacher_optimizer(teacher, stage)
+    checkpoint = Checkpoint(run, teacher, optimizer)
+    with one_process_first():
+        if not checkpoint.found:
+            initialise(teacher, stage.network, weights)
+    parallel = run.parallel(teacher)
+    log = Log(run, checkpoint.step)
+
+    for step, images, labels in batches(run, checkpoint.step):
+        set_rate(optimizer, schedule(step, stage.steps, stage.warmup, power=0.9))
+        with run.machine.precision():
+            terms = {"ce": cross_entropy(parallel(images).logits, labels)}
         optimizer.zero_grad()
         terms["ce"].backward()
         optimizer.step()
-        run.log(terms)
+
+        log.add(terms)
+        if run.validates(step):
+            miou = validate(run, step, teacher, {"teacher": teacher})
+            log.write(step, optimizer, teacher, miou)
+            checkpoint.save(step)
+        elif run.writes(step):
+            log.write(step, optimizer, teacher)
+            checkpoint.save_if_due(step)
     return teacher.freeze()
 
 
-def fit_pool(args, data, teacher):
+def fit_pool(run, teacher):
     """Stage 2: the pool P learns to name what the frozen teacher sees. Returns it frozen."""
-    torch.manual_seed(args.seed)
-    grid = pool_grid(teacher, args.crop, args.device)
-    fitter, net = on_device(PoolFitter(teacher.channels, grid, len(data.classes)), args)
-    optimizer = torch.optim.AdamW(fitter.parameters(), 3e-4, weight_decay=0.01)  # ours
-    run = Run(args, data, "pool", fitter, optimizer)
+    stage, classes = run.stage, len(run.stage.classes)
+    torch.manual_seed(stage.seed)
+    grid = pool_grid(teacher, stage.crop, run.machine.device)
+    fitter = run.place(PoolFitter(teacher.channels, grid, classes))
+    optimizer = torch.optim.AdamW(fitter.parameters(), stage.rate, weight_decay=0.01)
+    checkpoint = Checkpoint(run, fitter, optimizer)
+    parallel = run.parallel(fitter)
+    log = Log(run, checkpoint.step)
 
-    for step, images, labels in run.batches():
-        run.set_rate(schedule(step, args.pool_steps, args.warmup, power=1))
-        with precision(args):
+    for step, images, labels in batches(run, checkpoint.step):
+        set_rate(optimizer, schedule(step, stage.steps, stage.warmup, power=1))
+        with run.machine.precision():
             with torch.no_grad():
                 F_T = teacher(images).feature
-            present = net(F_T).float()  # B,K: logits of "class k is in this crop"
-        terms = {"bce": F.binary_cross_entropy_with_logits(present, presence(labels, len(data.classes)))}
+            present = parallel(F_T).float()  # B,K: logits of "class k is in this crop"
+        wanted = presence(labels, classes)
+        terms = {"bce": F.binary_cross_entropy_with_logits(present, wanted)}
         optimizer.zero_grad()
         terms["bce"].backward()
         optimizer.step()
-        run.log(terms)
-    if args.rank == 0:
-        report_pool(fitter, teacher, args, data)
+
+        log.add(terms)
+        if run.writes(step):
+            log.write(step, optimizer, fitter)
+            checkpoint.save_if_due(step)
+    if checkpoint.step < stage.steps:  # not fitted before
+        report_pool(run, fitter, teacher)
     return fitter.pool.requires_grad_(False).eval()
 
 
-# ---------------------------------------------------------------- what the loops share
+# ---------------------------------------------------------------- what a stage is
+
+@dataclass(frozen=True)
+class Stage:
+    """The identity of a stage: all that its result depends on. Kept in its last.pt as a dict.
+
+    A run continues only from a last.pt of an equal Stage.
+    """
+    stage: str  # teacher, pool or student
+    network: str  # a row of TEACHERS or VARIANTS
+    initial: str  # what it starts from: none, imagenet, or a file's name and digest
+    steps: int
+    rate: float  # of the optimizer, at its highest
+    warmup: int  # steps of linear warm-up
+    batch_size: int  # of all processes together
+    base: int  # short side of the images at scale 1, in pixels
+    crop: int  # side of the square crops, in pixels
+    scale: tuple  # range of the random resizing
+    seed: int
+    dataset: str
+    classes: tuple  # names
+    labels: str  # digest of the label files
+    weights: dict  # of the terms
+    method: str | None = None
+    kl: str | None = None
+    unlabelled: int = 0  # pictures without labels that the method uses
+    teacher: dict | None = None  # the teacher's Stage
+    pool: dict | None = None  # the pool's Stage, or the digest of CLIP's file
+
+    def differences(self, saved):
+        """Names of the fields, with both values, in which a saved Stage's dict differs."""
+        mine = plain(self)
+        return [f"{name} (there {shorten(saved.get(name))}, here {shorten(value)})"
+                for name, value in mine.items() if saved.get(name) != value]
+
+
+def plain(stage):
+    """A Stage as a dict of plain values, lists instead of tuples, as it comes back from a file."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(stage).items()}
+
+
+def shorten(value):
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how often: nothing here changes what is learnt, last digits apart."""
+    device: torch.device
+    rank: int = 0
+    processes: int = 1
+    workers: int = 0  # loader processes
+    log_every: int = 20  # steps a row of log.csv
+    val_every: int | None = None  # steps between validations, None: a quarter of all
+    val_images: int = 200  # images of those, the last one takes all
+
+    @property
+    def cuda(self):
+        return self.device.type == "cuda"
+
+    def precision(self):
+        """bf16 autocast on CUDA, float32 on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stage at work: what it is, on which data, where its files go, on which machine."""
+    stage: Stage
+    data: DataSet
+    folder: Path
+    machine: Machine
+    description: dict  # for readers of its last.pt and of its results
+
+    @property
+    def identity(self):
+        """The Stage as a dict of plain values, as it stands in last.pt."""
+        return plain(self.stage)
+
+    def place(self, module):
+        """The module on the run's device."""
+        module = module.to(self.machine.device, memory_format=torch.channels_last)
+        if self.machine.processes > 1 and self.machine.cuda:
+            return torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return module
+
+    def parallel(self, module):
+        """The module itself, or one whose gradients are averaged over several processes."""
+        if self.machine.processes == 1:
+            return module
+        ids = [self.machine.device] if self.machine.cuda else None
+        return DistributedDataParallel(module, device_ids=ids)
+
+    def validates(self, step):
+        """Whether the networks are validated after `step` steps."""
+        every = self.machine.val_every or -(-self.stage.steps // 4)
+        return step % every == 0 or step == self.stage.steps
+
+    def writes(self, step):
+        """Whether a row of the log is due after `step` steps."""
+        measured = self.stage.stage == "student" and step in measured_at(self.stage.steps)
+        return step % self.machine.log_every == 0 or measured or self.validates(step)
+
+
+def measured_at(steps):
+    """The steps whose row of the log tells of gradients: a tenth of all, and the last."""
+    return {max(1, steps // 10), steps}
+
+
+def measured_steps(steps):
+    """The five steps up to each of those, whose batches are averaged."""
+    return {end - i for end in measured_at(steps) for i in range(5) if end > i}
+
+
+# ---------------------------------------------------------------- what the loops call
+
+def batches(run, begin, unlabelled=False):
+    """(step, images, labels) from the step after `begin` to the last, on the run's device.
+
+    images: (B,3,crop,crop) float32, normalised. labels: (B,crop,crop) int64. The batch is this
+    process's share. unlabelled: pictures without labels take part.
+    """
+    stage, machine = run.stage, run.machine
+    share = stage.batch_size // machine.processes
+    stream = TrainStream(run.data, stage.seed, stage.base, stage.crop, stage.scale,
+                         stage.steps * stage.batch_size, unlabelled=unlabelled)
+    positions = [step * stage.batch_size + machine.rank * share + i
+                 for step in range(begin, stage.steps) for i in range(share)]
+    loader = DataLoader(stream, batch_size=share, sampler=positions, num_workers=machine.workers,
+                        worker_init_fn=quiet_worker, pin_memory=machine.cuda,
+                        generator=torch.Generator())
+    bar = progress(loader, desc=stage.stage, total=stage.steps, initial=begin, unit="step",
+                   disable=machine.rank > 0)
+    for step, (images, labels) in enumerate(bar, begin + 1):
+        # dropout and stochastic depth are a function of seed and step, so that nothing random has
+        # to be saved
+        process = (step - 1) * machine.processes + machine.rank
+        torch.manual_seed(stage.seed + 1_000_003 * (process + 1))
+        images = normalise(images.to(machine.device, non_blocking=True))
+        yield (step, images.contiguous(memory_format=torch.channels_last),
+               labels.to(machine.device, non_blocking=True).long())
+    barrier()
+
 
 def schedule(step, steps, warmup, power):
-    """Factor on the rate at `step` = 0 ... steps - 1: linear warm-up, then (1 - progress)^power, down to zero."""
+    """Factor on the rate of step 1 ... steps: linear warm-up, (1 - progress)^power, to zero."""
     # differs: paper polynomial of power 1, release's ends at 0.41 of the rate, here at zero
     warmup = min(warmup, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    return (1 - (step - warmup) / (steps - warmup)) ** power
+    done = step - 1
+    if done < warmup:
+        return step / warmup
+    return (1 - (done - warmup) / (steps - warmup)) ** power
 
 
-def precision(args):
-    """bf16 autocast on CUDA, float32 on a CPU."""
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.gpus))
+def set_rate(optimizer, factor):
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 
-def on_device(module, args):
-    """The module on its device, and the same wrapped for several processes."""
-    module = module.to(args.device, memory_format=torch.channels_last)
-    if not dist.is_initialized():
-        return module, module
-    if args.gpus:
-        module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return module, DistributedDataParallel(module, device_ids=[args.device] if args.gpus else None)
+def teacher_optimizer(teacher, stage):
+    """AdamW from random weights, the field's usual SGD from ImageNet's."""
+    # unstated: how the teacher was trained, here the fresh head learns ten times faster
+    if stage.initial == "none":
+        return torch.optim.AdamW(teacher.parameters(), stage.rate, weight_decay=0.01)
+    return torch.optim.SGD([{"params": teacher.backbone.parameters()},
+                            {"params": teacher.classifier.parameters(), "lr": 10 * stage.rate}],
+                           stage.rate, momentum=0.9, weight_decay=5e-4)
 
 
-def gradient_norms(terms, encoder, args):
-    """L2 norm of each unweighted term's gradient in the student's encoder; gradients are averaged over processes."""
-    parameters = list(encoder.parameters())
-    norms = {}
-    for name, term in terms.items():
-        grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        flat = torch.cat([losses.at_least_float32(g).flatten() for g in grads if g is not None])
-        norms[name] = losses.all_sum(flat).double().norm().item() / args.processes
-    return norms
+def validate(run, step, network, shown):
+    """mIoU of `network` on val, in percent, and a picture of the networks in `shown`.
 
-
-class Run:
-    """Folder, log and checkpoint of one stage; where the folder holds its last.pt, the stage continues from there.
-
-    stage: "teacher", "pool" or "student"; network: the deployed part of `module`, validated (None: no validation);
-    shown: name -> network, the columns of the validation pictures.
+    At the last step it runs over all of val, and the scores go into results-val.json.
     """
-    SAVE_SECONDS = 900  # between checkpoints where validations are rarer
-    stop = False  # a signal came: end after the next row of the log
+    stage, machine, last = run.stage, run.machine, step == run.stage.steps
+    if machine.processes > 1:
+        # on CPUs, without SyncBatchNorm, each process has running statistics of its own
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    matrix = evaluate(network, run.data, "val", stage.base, stage.crop, machine.device,
+                      images=None if last else machine.val_images, workers=machine.workers,
+                      desc=f"{stage.stage}: validation")
+    result = scores(matrix.cpu())
+    if machine.rank == 0:
+        if last:
+            write_scores(run.folder, "val", result, run.description | {"step": step})
+        (run.folder / "pictures").mkdir(exist_ok=True)
+        picture = comparison(run.data, "val", stage.base, stage.crop, shown, machine.device)
+        picture.save(run.folder / f"pictures/step{step:06d}.png")
+    for module, training in modes.items():
+        module.training = training
+    return result["miou"]
 
-    def __init__(self, args, data, stage, module, optimizer, network=None, shown=None):
-        self.args, self.data, self.stage, self.module, self.optimizer = args, data, stage, module, optimizer
-        self.network, self.shown = network, shown
-        self.folder, self.steps, self.weights, self.conditions, self.description = experiment(args, data, stage)
-        self.val_every = args.val_every or -(-self.steps // 4)
-        kinds = ("raw", "weighted", "grad") if stage == "student" else ("raw", "weighted")
-        self.fields = ["step", "lr", "seconds_per_step", "total", *(f"{k}_{n}" for k in kinds for n in self.weights)]
-        self.fields += ["val_miou"] if network is not None else []
-        self.step, self.seed, self.values, self.norms = 0, args.seed, [], {}
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if agreed((self.folder / "last.pt").exists()):
-            self.resume()
-        if args.rank == 0 and self.step < self.steps:
-            write_json(self.folder / "options.json", {k: v for k, v in vars(args).items() if k != "device"})
-            self.shorten_log()
 
-    def resume(self):
-        """Continue from last.pt. Raises InputError where it belongs to another experiment."""
-        path = self.folder / "last.pt"
-        state = load_checkpoint(path, ("step", "run_seed", "optimizer", "module", "stage_conditions"))
-        found = state["stage_conditions"]
-        differing = [f"{k} (there {found.get(k)}, here {v})" for k, v in self.conditions.items() if found.get(k) != v]
-        if state.get("classes", self.data.classes) != self.data.classes:
-            differing.append("names or order of the classes")
-        other = "choose another --out or --name" if self.stage == "student" else "choose another --out"
-        if differing:
-            raise InputError(f"{path}: from a different experiment: {'; '.join(differing)}; {other}, or give its "
-                             "options and classes.txt")
-        there, here = (os.path.abspath(data_folder(self.args.dataset, of.get("data")))
-                       for of in (state, self.description))
-        if there != here:
-            print(f"NOTE: {path} was trained on --data {there}: if that held other images, {other}")
-        load_strictly(self.module, state["module"], path, f"this {self.stage}", other)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seed = state["step"], state["run_seed"]
+class Log:
+    """log.csv of a stage: each row holds means over the steps since the last one.
 
-    def batches(self, unlabelled=0):
-        """(step, images, labels) from here to the last step, on the device; images normalised (B,3,crop,crop) float32,
-        labels (B,crop,crop) int64. `unlabelled` images of each batch have no labels."""
-        args = self.args
-        share = args.batch_size // args.processes
-        stream = TrainStream(self.data, self.seed, args.base, args.crop, args.scale, self.steps * args.batch_size,
-                             args.batch_size, unlabelled)
-        mine = [step * args.batch_size + args.rank * share + i
-                for step in range(self.step, self.steps) for i in range(share)]
-        loader = DataLoader(stream, batch_size=share, sampler=mine, num_workers=args.workers,
-                            worker_init_fn=quiet_worker, pin_memory=bool(args.gpus), generator=torch.Generator())
-        if self.step == 0 and self.stage == "student":
-            self.write_row(self.validate())
-        self.module.train()
-        self.bar = progress(loader, desc=self.stage, total=self.steps, initial=self.step, unit="step",
-                            disable=args.rank > 0)
-        self.saved = self.began = time.monotonic()
-        for images, labels in self.bar:
-            # dropout and stochastic depth are a function of (seed, step), so nothing random has to be saved
-            torch.manual_seed(self.seed + 1_000_003 * (self.step * args.processes + args.rank + 1))
-            images = normalise(images.to(args.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-            yield self.step, images, labels.to(args.device, non_blocking=True).long()
-        barrier()
+    measured: the steps whose gradients are given to `add_gradients`.
+    """
 
-    def set_rate(self, factor):
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+    def __init__(self, run, begin, measured=()):
+        self.run, self.measured = run, measured
+        self.path, self.names = run.folder / "log.csv", list(run.stage.weights)
+        kinds = ["raw", "weighted", *(["grad", "cos"] if measured else [])]
+        self.fields = ["step", "lr", "seconds_per_step", "total"]
+        self.fields += [f"{kind}_{name}" for kind in kinds for name in self.names]
+        self.fields += ["val_miou"] if run.stage.stage != "pool" else []
+        if run.machine.rank == 0:
+            self.cut(begin)
+        self.clear()
 
-    def log(self, terms, norms={}):
-        """After a step: count it, keep its terms; where a row of the log is due, validate if due, write it, save."""
-        self.step += 1
-        self.values.append(torch.stack([terms[n].detach().float() for n in self.weights]))
-        self.norms |= norms
-        validation_due = self.step % self.val_every == 0 or self.step == self.steps
-        if not (validation_due or self.step % self.args.log_every == 0):
-            return
-        values = losses.all_sum(torch.stack(self.values)).double().cpu() / self.args.processes  # steps, terms
-        self.check_finite(values)
-        seconds = (time.monotonic() - self.began) / len(self.values)
-        miou = self.validate() if validation_due and self.network is not None else None
-        self.write_row(miou, values, seconds)
-        if validation_due or self.stop or time.monotonic() - self.saved > self.SAVE_SECONDS:
-            self.save()
-        if self.stop:
-            self.bar.close()
-            raise KeyboardInterrupt(f"{self.stage}: stopped and saved at step {self.step}; "
-                                    "run the same command again to continue")
-        self.values, self.norms, self.began = [], {}, time.monotonic()
+    def cut(self, begin):
+        """Drop the rows that a killed run wrote after its last checkpoint."""
+        rows = []
+        if begin and self.path.exists():
+            with open(self.path, newline="") as f:
+                rows = [row for row in csv.DictReader(f)
+                        if None not in row.values() and int(row["step"]) <= begin]
+        lines = [",".join(self.fields), *(",".join(row.values()) for row in rows)]
+        write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
-    def check_finite(self, values):
-        """Stop before a non-finite step reaches a checkpoint, with every term; (seed, step) identifies the batch."""
+    def clear(self):
+        self.values, self.gradients, self.began = [], [], time.monotonic()
+
+    def add(self, terms):
+        """Keep a step's unweighted terms, on their device."""
+        self.values.append(torch.stack([terms[name].detach().float() for name in self.names]))
+
+    def add_gradients(self, terms, ce, encoder):
+        """Keep each term's gradient norm in the encoder and its cosine with cross-entropy's."""
+        self.gradients.append(gradient_norms_and_cosines(terms, ce, encoder))
+
+    def write(self, step, optimizer=None, module=None, miou=None):
+        """Append a row. Raises InputError where a loss or a parameter is not finite."""
+        row = {"step": step} | ({} if miou is None else {"val_miou": f"{miou:.3f}"})
+        weighted = {}
+        if self.values:
+            values = losses.all_sum(torch.stack(self.values)).double().cpu()  # steps, terms
+            values /= self.run.machine.processes
+            self.check_finite(step, values, module)
+            means = dict(zip(self.names, values.mean(0).tolist()))
+            weighted = {n: self.run.stage.weights[n] * v for n, v in means.items()}
+            seconds = (time.monotonic() - self.began) / len(values)
+            row |= {"lr": f"{optimizer.param_groups[0]['lr']:.4g}",
+                    "seconds_per_step": f"{seconds:.3f}",
+                    "total": f"{sum(weighted.values()):.6g}"}
+            row |= {f"raw_{n}": f"{v:.6g}" for n, v in means.items()}
+            row |= {f"weighted_{n}": f"{v:.6g}" for n, v in weighted.items()}
+        if self.gradients:
+            norms, cosines = torch.tensor(self.gradients).mean(0).unbind(1)  # terms
+            row |= {f"grad_{n}": f"{v:.6g}" for n, v in zip(self.names, norms.tolist())}
+            row |= {f"cos_{n}": f"{v:.4f}" for n, v in zip(self.names, cosines.tolist())}
+        if self.run.machine.rank == 0:
+            with open(self.path, "a", newline="") as f:
+                csv.DictWriter(f, self.fields, lineterminator="\n").writerow(row)
+            self.show(step, weighted, miou)
+        self.clear()
+
+    def show(self, step, weighted, miou):
+        stage = self.run.stage
+        shown = " ".join(f"{n} {v:.3f}" for n, v in weighted.items())
+        scored = "" if miou is None else f" val mIoU {miou:.2f}"
+        if scored or not (sys.stderr and sys.stderr.isatty()):  # a terminal has the bar
+            tqdm.write(f"{stage.stage} {step}/{stage.steps}: {shown}{scored}")
+
+    def check_finite(self, step, values, module):
+        """A non-finite step must not reach a checkpoint. Seed and step identify the batch."""
         bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
-        if not bad and not torch.stack([p.isfinite().all() for p in self.module.parameters()]).all():
+        if not bad and not torch.stack([p.isfinite().all() for p in module.parameters()]).all():
             bad = [len(values) - 1]
         if bad:
-            listed = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.weights, values[bad[0]].tolist()))
-            step = self.step - len(values) + bad[0] + 1
-            raise InputError(f"{self.stage}, step {step} of seed {self.seed}: a loss or its gradient is not finite "
-                             f"({listed}); nothing of it was saved in {self.folder}; lower --lr or --teacher-lr")
-
-    def write_row(self, miou=None, values=None, seconds=0.0):
-        """Append a row to log.csv: means over the steps since the last one."""
-        row = {"step": self.step} | ({} if miou is None else {"val_miou": f"{miou:.3f}"})
-        weighted = {}
-        if values is not None:
-            means = dict(zip(self.weights, values.mean(0).tolist()))
-            weighted = {n: self.weights[n] * v for n, v in means.items()}
-            row |= {"lr": f"{self.optimizer.param_groups[0]['lr']:.4g}", "seconds_per_step": f"{seconds:.3f}",
-                    "total": f"{sum(weighted.values()):.6g}"}
-            for kind, found in (("raw", means), ("weighted", weighted), ("grad", self.norms)):
-                row |= {f"{kind}_{n}": f"{v:.6g}" for n, v in found.items()}
-        if self.args.rank == 0:
-            with open(self.folder / "log.csv", "a", newline="") as f:
-                csv.DictWriter(f, self.fields, lineterminator="\n").writerow(row)
-            shown = " ".join(f"{n} {v:.3f}" for n, v in weighted.items())
-            if miou is not None or not sys.stderr.isatty():  # on a terminal the bar shows the terms
-                scored = f" val mIoU {miou:.2f}" if miou is not None else ""
-                tqdm.write(f"{self.stage} {self.step}/{self.steps}: {shown}{scored}")
-            if values is not None:
-                self.bar.set_postfix_str(shown)
-
-    def shorten_log(self):
-        """Drop the rows of log.csv that were written after the checkpoint from which the run continues."""
-        path, rows = self.folder / "log.csv", []
-        if self.step and path.exists():
-            rows = [r for r in path.read_text().splitlines()[1:]  # a killed run may have left half a row
-                    if r.count(",") == len(self.fields) - 1 and int(r.split(",")[0]) <= self.step]
-        write_atomically(path, "".join(f"{r}\n" for r in [",".join(self.fields), *rows]).encode())
-
-    def validate(self):
-        """mIoU in percent on val, at the last step on all of it (then into results-val.json); draws a picture."""
-        args, last = self.args, self.step == self.steps
-        if dist.is_initialized():  # without SyncBatchNorm, on CPUs, each process has running statistics of its own
-            for buffer in self.module.buffers():
-                dist.broadcast(buffer, 0)
-        self.module.eval()
-        matrix = evaluate(self.network, self.data, "val", args.base, args.crop, args.device, workers=args.workers,
-                          images=None if last else args.val_images, desc=f"{self.stage}: validation")
-        result = scores(matrix.cpu())
-        if args.rank == 0:
-            (self.folder / "pictures").mkdir(exist_ok=True)
-            picture = comparison(self.data, "val", args.base, args.crop, self.shown, args.device)
-            picture.save(self.folder / f"pictures/step{self.step:06d}.png")
-            if last:
-                write_scores(self.folder, "val", result, self.description | {"step": self.step})
-        self.module.train()
-        return result["miou"]
-
-    def save(self):
-        """last.pt: all that continues the stage, and what evaluate.py has to know of the network in it."""
-        if self.args.rank == 0:
-            save_tensors(self.folder / "last.pt", self.description | {
-                "step": self.step, "run_seed": self.seed, "stage_conditions": self.conditions,
-                "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()})
-        self.saved = time.monotonic()
+            listed = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.names, values[bad[0]].tolist()))
+            first, stage = step - len(values) + bad[0] + 1, self.run.stage
+            raise InputError(f"{stage.stage}, step {first} of seed {stage.seed}: a loss or its "
+                             f"gradient is not finite ({listed}); nothing of it was saved in "
+                             f"{self.run.folder}; lower --lr or --teacher-lr")
 
 
-def experiment(args, data, stage):
-    """Folder, steps, weights of the terms, conditions and description of a stage.
+def gradient_norms_and_cosines(terms, ce, encoder):
+    """Of each unweighted term: [L2 norm of its gradient in the encoder, cosine with that of `ce`].
 
-    A folder made under other conditions is refused; the description is for readers of its checkpoint.
+    Gradients are averaged over processes.
     """
-    conditions = {n: getattr(args, n) for n in ("dataset", "base", "crop", "scale", "batch_size", "warmup")}
-    conditions |= {"classes": len(data.classes), "train_images": len(data.pairs["train"])}
-    of_teacher = {n: getattr(args, n) for n in ("teacher", "teacher_weights", "teacher_steps", "teacher_lr")}
-    description = {"name": args.teacher, "dataset": args.dataset, "data": args.data and os.path.abspath(args.data),
-                   "classes": list(data.classes), "palette": [list(c) for c in data.palette],
-                   "base": args.base, "window": args.crop}
-    folder = Path(args.out) / args.dataset
-    if stage == "teacher":
-        return folder / f"teacher-{args.teacher}", args.teacher_steps, {"ce": 1.0}, conditions | of_teacher, description
-    if stage == "pool":
-        conditions |= of_teacher | {"pool_steps": args.pool_steps}
-        return folder / f"teacher-{args.teacher}" / "pool", args.pool_steps, {"bce": 1.0}, conditions, {}
-    if "teacher" in losses.METHODS[args.method].needs:
-        conditions |= of_teacher
-    conditions |= {n: getattr(args, n) for n in ("student", "student_weights", "steps", "lr")}
-    own = {n: getattr(args, n) for n in ("method", "seed", "kl")} | {"weights": args.term_weights}
-    if "A_l" in losses.METHODS[args.method].needs:
-        own |= {"pool_steps": args.pool_steps, "clip": args.clip}
-    if "A_v" in losses.METHODS[args.method].needs:
-        own |= {"unlabelled_images": len(data.pairs.get("unlabelled", ()))}
-    description |= {"name": args.student, "method": args.method, "seed": args.seed, "conditions": conditions,
-                    "options": {k: v for k, v in own.items() if k not in ("method", "seed")},
-                    "label": args.name and args.name.removesuffix(f"-seed{args.seed}")}
-    name = args.name or f"{args.method}-{args.student}-seed{args.seed}"
-    return folder / name, args.steps, args.term_weights, conditions | own, description
+    parameters = list(encoder.parameters())
+
+    def gradient(term):
+        found = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
+        flat = torch.cat([losses.at_least_float32(g).flatten() for g in found])
+        return losses.all_sum(flat).double() / losses.process_count()
+
+    towards = gradient(ce)
+    return [[g.norm().item(), F.cosine_similarity(g, towards, dim=0).item()]
+            for g in map(gradient, terms.values())]
 
 
-def agreed(flag):
-    """What process 0 found, told to all, so that none waits for the others where a network file system lags."""
-    found = [flag]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found[0]
+class Checkpoint:
+    """last.pt of a stage. Where the folder holds one, the stage continues from it.
 
+    found: whether it does. step: how many steps are done. Raises InputError where the last.pt
+    belongs to another experiment.
+    """
+    SAVE_SECONDS = 900  # between saves where validations are rarer
+
+    def __init__(self, run, module, optimizer):
+        self.run, self.module, self.optimizer = run, module, optimizer
+        self.path, self.step, self.saved = run.folder / "last.pt", 0, time.monotonic()
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self.found = agreed(self.path.exists())
+        if self.found:
+            self.load()
+
+    def load(self):
+        state = read_last(self.path)
+        refuse_another_stage(self.path, self.run.stage, state["stage"])
+        remedy = "choose another --out"
+        load_strictly(self.module, state["module"], self.path, "this stage", remedy)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def save(self, step):
+        """Write last.pt. Raises KeyboardInterrupt where a signal asked for the end."""
+        if self.run.machine.rank == 0:
+            save_tensors(self.path, self.run.description | {
+                "step": step, "stage": self.run.identity, "module": self.module.state_dict(),
+                "optimizer": self.optimizer.state_dict()})
+        self.saved = time.monotonic()
+        if any_process(Stop.asked):
+            raise KeyboardInterrupt(f"{self.run.stage.stage}: stopped and saved at step {step}; "
+                                    "run the same command again to continue")
+
+    def save_if_due(self, step):
+        """Save at the last step, every quarter of an hour, and where a signal asks for the end."""
+        late = time.monotonic() - self.saved > self.SAVE_SECONDS
+        if step == self.run.stage.steps or any_process(late or Stop.asked):
+            self.save(step)
+
+
+def read_last(path):
+    """A last.pt as a dict. Raises InputError for other files, and for older versions' files."""
+    state = load_checkpoint(path, ("step", "module", "optimizer"))
+    if not isinstance(state.get("stage"), dict):
+        raise InputError(f"{path}: written by an older version, which cannot be continued; "
+                         "choose another --out")
+    return state
+
+
+def refuse_another_stage(path, stage, saved):
+    differing = stage.differences(saved)
+    if differing:
+        other = "--out or --name" if stage.stage == "student" else "--out"
+        raise InputError(f"{path}: from a different experiment: {'; '.join(differing)}; choose "
+                         f"another {other}, or give its options")
+
+
+# ---------------------------------------------------------------- several processes
 
 def barrier():
     if dist.is_initialized():
         dist.barrier()
 
 
-# ---------------------------------------------------------------- the stages in a row, and the report
+def agreed(value):
+    """What process 0 found, told to all: none waits for others where a network disk lags."""
+    found = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
 
-def train(args):
+
+def any_process(flag):
+    """Whether the flag is set in any process."""
+    if not dist.is_initialized():
+        return flag
+    flags = [None] * dist.get_world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
+@contextmanager
+def one_process_first():
+    """Process 0 does what follows alone, a download for instance, then the others do it."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        barrier()
+
+
+class Stop:
+    """asked: a signal came, so that the run ends after the next row of the log."""
+    asked = False
+
+    @classmethod
+    def listen(cls):
+        """SIGINT or SIGTERM ends the run with its state saved. A second one ends it at once."""
+        def ask(*_):
+            if cls.asked:
+                raise KeyboardInterrupt
+            cls.asked = True
+            print("stopping after the next row of the log; once more to stop at once",
+                  file=sys.stderr)
+
+        signal.signal(signal.SIGINT, ask)
+        signal.signal(signal.SIGTERM, ask)
+
+
+# ---------------------------------------------------------------- the stages in a row
+
+def train(args, machine):
     """Stages 1 to 3 as far as the method needs them, then the table."""
-    if args.rank == 0:
-        open_dataset(args.dataset, args.data)  # one process draws or downloads
-    barrier()
-    data = open_dataset(args.dataset, args.data)
-    if args.batch_size % args.processes:
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {args.processes} processes")
-    needs = {"teacher", "A_l"} if args.method == "teacher" else losses.METHODS[args.method].needs
-    # a wrong or missing file shows now, not after hours of stage 1
-    given = given_teacher(args, data) if needs else None
+    data, labels = open_labelled(args, machine)
+    plan = Plan(args, machine, data, labels)
+    check_early(plan, args)
+    announce(plan, args)
+
+    entries = {}  # rows of the table: name -> (network, its scores, its log)
+    teacher = pool = found = of_pool = None
+    if "teacher" in plan.needs:
+        teacher, found = get_teacher(plan, args, entries)
+    if "A_l" in plan.needs:
+        pool, of_pool = get_pool(plan, args, teacher, found)
+    for method in plan.methods:
+        needs = METHODS[method].needs
+        run = plan.student(method, found if "teacher" in needs else None,
+                           of_pool if "A_l" in needs else None)
+        with at_work(run):
+            student = distil(run, args.student_weights, teacher if "teacher" in needs else None,
+                             pool if "A_l" in needs else None)
+        add_entry(entries, "student alone" if method == "ce" else f"student {method}", student, run)
+    if machine.rank == 0:
+        if plan.methods and "student alone" not in entries:
+            add_student_alone(entries, plan.student("ce"), run)
+        report_run(plan, run if plan.methods else found, entries)
+
+
+class Plan:
+    """What the command line asks for, as Runs. The stages know nothing of the command line."""
+
+    def __init__(self, args, machine, data, labels):
+        self.args, self.machine, self.data = args, machine, data
+        self.root = Path(args.out) / args.dataset
+        self.methods = [args.method]
+        if args.both:
+            self.methods = ["ce", "c2vkd"]
+        if args.method == "teacher":
+            self.methods = []
+        self.needs = set().union(*(METHODS[method].needs for method in self.methods))
+        if args.method == "teacher":
+            self.needs = {"teacher", "A_l"}
+        self.common = dict(
+            warmup=args.warmup, batch_size=args.batch_size, base=args.base, crop=args.crop,
+            scale=tuple(args.scale), dataset=args.dataset, classes=tuple(data.classes),
+            labels=labels)
+
+    def run(self, stage, folder, **more):
+        """A Run, and what its files say of it to evaluate.py."""
+        description = {
+            "name": stage.network, "dataset": stage.dataset, "classes": list(stage.classes),
+            "data": self.args.data and os.path.abspath(self.args.data),
+            "palette": [list(colour) for colour in self.data.palette],
+            "base": stage.base, "window": stage.crop, **more}
+        return Run(stage, self.data, folder, self.machine, description)
+
+    def teacher(self):
+        args = self.args
+        stage = Stage("teacher", args.teacher, identity_of_weights(args.teacher_weights),
+                      args.teacher_steps, args.teacher_lr, seed=args.teacher_seed,
+                      weights={"ce": 1.0}, **self.common)
+        seed = f"-seed{args.teacher_seed}" if args.teacher_seed else ""
+        return self.run(stage, self.root / f"teacher-{args.teacher}{seed}")
+
+    def pool(self, teacher):
+        """teacher: the Run of a trained one, or the Given one."""
+        args = self.args
+        stage = Stage("pool", "attention_pool", "none", args.pool_steps, 3e-4,  # ours
+                      seed=args.teacher_seed, weights={"bce": 1.0}, teacher=teacher.identity,
+                      **self.common)
+        return self.run(stage, teacher.folder / "pool")
+
+    def student(self, method, teacher=None, pool=None):
+        """teacher: a Run or a Given one. pool: identity of the pool. None where not needed."""
+        args, needs = self.args, METHODS[method].needs
+        asked = method == args.method
+        stage = Stage(
+            "student", args.student, identity_of_weights(args.student_weights), args.steps,
+            args.lr, seed=args.seed, method=method,
+            weights=args.term_weights if asked else dict(METHODS[method].weights),
+            kl=args.kl if METHODS[method].has_direction else None,
+            unlabelled=len(self.data.pairs.get("unlabelled", ())) if "A_v" in needs else 0,
+            teacher=teacher and teacher.identity, pool=pool, **self.common)
+        name = f"{method}-{args.student}-seed{args.seed}"
+        label = None
+        if asked and args.name:
+            name, label = args.name, args.name.removesuffix(f"-seed{args.seed}")
+        everything = plain(stage)
+        options = {k: everything.pop(k) for k in ("weights", "kl", "unlabelled", "pool")}
+        apart = {k: everything.pop(k) for k in ("method", "seed", "teacher")}
+        return self.run(stage, self.root / name, label=label, method=method, seed=args.seed,
+                        conditions=everything, options=options,
+                        teacher_identity=apart["teacher"])
+
+
+def open_labelled(args, machine):
+    """The data and the digest of its labels. Raises InputError for data that cannot train."""
+    cache = Path(args.out) / args.dataset / "labels.json"
+    with one_process_first():  # it draws or downloads, and reads all labels
+        data = open_dataset(args.dataset, args.data)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        scan = scan_labels(data, cache)
+    for line in judge_labels(data, scan):
+        print(line)
+    return data, scan.digest
+
+
+def check_early(plan, args):
+    """Raise InputError now for what would stop the run after hours of stage 1."""
+    machine = plan.machine
+    if args.batch_size % machine.processes:
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the "
+                         f"{machine.processes} processes")
+    alone_on_a_cpu = not machine.cuda and args.batch_size == machine.processes
+    if "teacher" in plan.needs and alone_on_a_cpu:
+        raise InputError(f"--batch-size {args.batch_size}: the teacher's BatchNorm needs two "
+                         f"images a process on CPUs; take {2 * machine.processes} or more")
     if args.clip:
         load_clip_pool(args.clip, TEACHERS[args.teacher].channels, grid=16)
-    aside = [] if args.method == "teacher" else \
-        load_encoder(Student(args.student, len(data.classes)).encoder, args.student, args.student_weights)
-    if needs and not given and not args.gpus and args.batch_size == args.processes:
-        raise InputError(f"--batch-size {args.batch_size}: the teacher's BatchNorm needs two images a process on CPUs; "
-                         f"take {2 * args.processes} or more")
-    announce(args, data, needs, given, aside)
-
-    teacher = pool = student = None
-    given_scores = scores_of_given(given, args, data) if given else None
-    if needs:
-        teacher = given or train_teacher(args, data)
-    if "A_l" in needs:
-        pool = fit_pool(args, data, teacher) if not args.clip else load_clip_pool(
-            args.clip, teacher.channels, pool_grid(teacher, args.crop, args.device)).to(args.device)
-    if args.both:
-        distil(alone(args), data, None, None)
-    if args.method != "teacher":
-        student = distil(args, data, teacher, pool)
-    if args.rank == 0:
-        report_run(args, data, teacher, given_scores, student)
+    folders = [plan.student(method).folder for method in plan.methods]
+    if any(not (folder / "last.pt").exists() for folder in folders):
+        with one_process_first():
+            student = Student(args.student, len(plan.data.classes))
+            left = load_encoder(student.encoder, args.student, args.student_weights)
+        if left:
+            print(f"student encoder: {args.student_weights}; not loaded: {', '.join(left)}")
 
 
-def alone(args):
-    """The options of the same student's run without a teacher."""
-    return argparse.Namespace(**vars(args) | dict(method="ce", term_weights=losses.METHODS["ce"].weights, name=None,
-                                                  kl="forward", clip=None))
-
-
-def announce(args, data, needs, given, aside):
+def announce(plan, args):
     """Print the data, the recipe and the stages before they begin."""
-    print(f"{args.dataset}: {len(data.pairs['train'])} training and {len(data.pairs['val'])} validation images, "
-          f"{len(data.classes)} classes; recipe {args.recipe}; seed {args.seed}; device {args.device}")
-    if data.pairs.get("unlabelled"):
-        used = unlabelled_slots(data, args.batch_size)
-        print(f"{len(data.pairs['unlabelled'])} images without labels: {used} of the {args.batch_size} in a batch, "
-              "for methods with A_v")
-    if aside:
-        print(f"student encoder: {args.student_weights}; not loaded: {', '.join(aside)}")
-    stages = {f"teacher {args.teacher}": args.teacher_steps if needs and not given else 0,
-              "pool": args.pool_steps if "A_l" in needs and not args.clip else 0,
-              f"student {args.student}, alone": args.steps if args.both else 0,
-              f"student {args.student}, {args.method}": args.steps if args.method != "teacher" else 0}
-    print("stages: " + "; ".join(f"{name}: {steps:,} steps" for name, steps in stages.items() if steps), flush=True)
+    pairs = plan.data.pairs
+    print(f"{args.dataset}: {len(pairs['train'])} training and {len(pairs['val'])} validation "
+          f"images, {len(plan.data.classes)} classes; recipe {args.recipe}; seed {args.seed}; "
+          f"device {plan.machine.device}")
+    if pairs.get("unlabelled"):
+        print(f"{len(pairs['unlabelled'])} images without labels, for methods with A_v")
+    stages = [f"student {args.student}, {method}: {args.steps:,} steps" for method in plan.methods]
+    if "A_l" in plan.needs and not args.clip:
+        stages.insert(0, f"pool: {args.pool_steps:,} steps")
+    if "teacher" in plan.needs and not is_finished_teacher(args.teacher_weights):
+        stages.insert(0, f"teacher {args.teacher}: {args.teacher_steps:,} steps")
+    print("stages: " + "; ".join(stages), flush=True)
 
 
-def given_teacher(args, data):
-    """The frozen teacher of --teacher-weights FILE or voc; None where stage 1 must train it.
-
-    FILE: a finished last.pt of this project or a plain torchvision state dict. Raises InputError for another network,
-    other classes or a last.pt of an unfinished stage.
-    """
-    source = args.teacher_weights
-    if source in ("imagenet", "none"):
-        return None
-    if source != "voc":
-        state = load_checkpoint(source)
-        if "module" not in state and is_backbone(state):
-            return None
-    if source == "voc" or "module" not in state:
-        teacher = Teacher(args.teacher, len(data.classes))
-        initialise(teacher, args.teacher, source)
+@contextmanager
+def at_work(run):
+    """Two runs never write into one folder. Finished stages may be read by many."""
+    last = run.folder / "last.pt"
+    unfinished = not last.exists() or read_last(last)["step"] < run.stage.steps
+    if run.machine.rank == 0 and unfinished:
+        with locked(run.folder):
+            yield
     else:
+        yield
+
+
+# What a finished teacher or pool was trained with is no reason to train it again
+LOOSE = ("batch_size", "base", "crop", "scale", "rate", "warmup")
+
+
+def adopt(run):
+    """The run, or that of the finished stage in its folder if only LOOSE fields differ."""
+    path = run.folder / "last.pt"
+    if not agreed(path.exists()):
+        return run
+    last = read_last(path)
+    saved = {k: last["stage"].get(k) for k in LOOSE}
+    loose = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    adopted = replace(run.stage, **loose)
+    finished = last["step"] == last["stage"].get("steps")
+    if adopted == run.stage or not finished or adopted.differences(last["stage"]):
+        return run
+    print(f"NOTE: {run.folder}: this {run.stage.stage} is finished and is used as it is, though "
+          f"trained with other settings: {'; '.join(run.stage.differences(last['stage']))}")
+    return replace(run, stage=adopted)
+
+
+# ---------------------------------------------------------------- the teacher and the pool
+
+def identity_of_weights(source):
+    """none, imagenet or voc as they are. A file by its name and content, wherever it lies."""
+    if source in ("none", "imagenet", "voc"):
+        return source
+    return f"{Path(source).name}, sha256 {digest_of(source)}"
+
+
+def digest_of(path):
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the path of a weights file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder; give the path of a weights file in it") from None
+
+
+@dataclass(frozen=True)
+class Given:
+    """A finished teacher from a file: what it is, and the folder of its scores and its pool."""
+    identity: dict
+    folder: Path
+
+
+def is_finished_teacher(source):
+    """Whether --teacher-weights names a finished teacher, not what stage 1 starts from."""
+    if source in ("none", "imagenet", "voc"):
+        return source == "voc"
+    state = load_checkpoint(source)
+    return "module" in state or not is_backbone(unwrap(state)[0])
+
+
+def get_teacher(plan, args, entries):
+    """Train the teacher or read the given one -> (it, frozen, and its Run or Given)."""
+    if is_finished_teacher(args.teacher_weights):
+        return given_teacher(plan, args, entries)
+    run = adopt(plan.teacher())
+    with at_work(run):
+        teacher = train_teacher(run, args.teacher_weights)
+    add_entry(entries, "teacher", teacher, run)
+    return teacher, run
+
+
+def given_teacher(plan, args, entries):
+    """The finished teacher of --teacher-weights, scored on val once.
+
+    A file is a last.pt of this project or a plain torchvision state dict. Raises InputError for
+    another network, other classes or a last.pt of an unfinished stage.
+    """
+    source, classes = args.teacher_weights, plan.data.classes
+    if source != "voc" and "module" in load_checkpoint(source):
         teacher, state = load_network(source)
-        if state["name"] != args.teacher or state["classes"] != data.classes:
-            raise InputError(f"{source}: holds {state['name']} with {len(state['classes'])} classes, wanted "
-                             f"{args.teacher} with these {len(data.classes)}; give --teacher, or the right checkpoint")
-        planned = state["stage_conditions"]["teacher_steps"]
+        if state["name"] != args.teacher or state["classes"] != classes:
+            raise InputError(f"{source}: holds {state['name']} with {len(state['classes'])} "
+                             f"classes, wanted {args.teacher} with these {len(classes)}; give "
+                             "--teacher, or the right checkpoint")
+        planned = read_last(source)["stage"]["steps"]
         if state["step"] < planned:
             raise InputError(f"{source}: trained for {state['step']} of its {planned} steps; "
                              "finish it with the command that began it")
-    return teacher.to(args.device, memory_format=torch.channels_last).freeze()
+    else:
+        teacher = Teacher(args.teacher, len(classes))
+        with one_process_first():
+            initialise(teacher, args.teacher, source)
+    teacher = teacher.to(plan.machine.device, memory_format=torch.channels_last).freeze()
+    weights = identity_of_weights(source)
+    given = Given({"network": args.teacher, "weights": weights},
+                  plan.root / f"teacher-{args.teacher}-{weights.split()[-1]}")
+    entries["teacher"] = teacher, scores_of_given(plan, args, teacher, given), None
+    return teacher, given
 
 
-def scores_of_given(teacher, args, data):
-    """The scores on val of a teacher that was given, measured and printed."""
-    matrix = evaluate(teacher, data, "val", args.base, args.crop, args.device, workers=args.workers).cpu()
+def scores_of_given(plan, args, teacher, given):
+    """Scores on val of a given teacher. Measured and printed once, then read."""
+    path = given.folder / "results-val.json"
+    conditions = {"labels": plan.common["labels"], "base": args.base, "crop": args.crop}
+    if agreed(path.exists()):
+        known = read_scores(path)
+        if known.get("conditions") == conditions:
+            return known
+    machine = plan.machine
+    matrix = evaluate(teacher, plan.data, "val", args.base, args.crop, machine.device,
+                      workers=machine.workers).cpu()
     result = scores(matrix)
-    print(table([(f"teacher {args.teacher}", count_parameters(teacher), None, result)], data.classes))
+    if machine.rank == 0:
+        given.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, result | {"conditions": conditions})
+    row = f"teacher {args.teacher}", count_parameters(teacher), None, result
+    print(table([row], plan.data.classes))
     if result["miou"] <= commonest(matrix):
-        print("WARNING: this teacher is no better than always answering the commonest class: are its classes in this "
-              "order, its pictures RGB with ImageNet's mean and deviation?")
+        print("WARNING: this teacher is no better than always answering the commonest class: are "
+              "its classes in this order, its pictures RGB with ImageNet's mean and deviation?")
     return result
 
 
+def get_pool(plan, args, teacher, found):
+    """Fit the pool on the teacher or read CLIP's -> (it, frozen, and its identity)."""
+    if args.clip:
+        grid = pool_grid(teacher, args.crop, plan.machine.device)
+        pool = load_clip_pool(args.clip, teacher.channels, grid)
+        return pool.to(plan.machine.device), {"clip": digest_of(args.clip)}
+    run = adopt(plan.pool(found))
+    with at_work(run):
+        return fit_pool(run, teacher), run.identity
+
+
 @torch.no_grad()
-def report_pool(fitter, teacher, args, data):
-    """Print the fitted pool's mean average precision on val crops beside the class-frequency baseline."""
-    count = min(args.val_images, len(data.pairs["val"]))
-    val = TrainStream(replace(data, pairs={"train": data.pairs["val"]}), args.seed, args.base, args.crop, (1, 1), count)
+def report_pool(run, fitter, teacher):
+    """Print the pool's mean average precision on val crops beside the class-frequency baseline."""
+    if run.machine.rank > 0:
+        return
+    stage, classes = run.stage, run.stage.classes
+    pairs = run.data.pairs["val"]
+    val = replace(run.data, pairs={"train": pairs})
+    crops = TrainStream(val, stage.seed, stage.base, stage.crop, (1, 1), len(pairs))
     fitter.eval()
     found, truth = [], []
-    for image, label in (val[i] for i in range(count)):
-        found.append(fitter(teacher(normalise(image[None].to(args.device))).feature).cpu())
-        truth.append(presence(label[None].long(), len(data.classes)))
+    for i in range(min(run.machine.val_images, len(pairs))):
+        image, label = crops[i]
+        with run.machine.precision():
+            feature = teacher(normalise(image[None].to(run.machine.device))).feature
+            found.append(fitter(feature).float().cpu())
+        truth.append(presence(label[None].long(), len(classes)))
     truth = torch.cat(truth)
     frequency = truth.mean(0)
     some = (frequency > 0) & (frequency < 1)
     if not some.any():
-        return print(f"pool: no class is in some of the {count} val crops and not in others: nothing to measure")
-    mean_precision = average_precision(torch.cat(found), truth)[some].mean()
-    every = [name for name, f in zip(data.classes, frequency) if f == 1]
-    print(f"pool: mean average precision on {count} val crops {100 * mean_precision:.1f}, class frequency alone "
-          f"{100 * frequency[some].mean():.1f}; in every crop, so that they teach nothing: {', '.join(every) or '-'}")
+        print(f"pool: no class is in some of the {len(truth)} val crops and not in others: "
+              "nothing to measure")
+        return
+    precision = average_precision(torch.cat(found), truth)[some].mean()
+    always = [name for name, f in zip(classes, frequency) if f == 1]
+    print(f"pool: mean average precision on {len(truth)} val crops {100 * precision:.1f}, class "
+          f"frequency alone {100 * frequency[some].mean():.1f}; in every crop, so that they teach "
+          f"nothing: {', '.join(always) or '-'}")
 
 
-def report_run(args, data, teacher, given_scores, student):
-    """Print the table of the teacher, the student alone (where its run is at hand) and this student; draw them."""
-    entries = {}
+# ---------------------------------------------------------------- the report
 
-    def add(label, network, folder):
-        result = read_scores(folder / "results-val.json")
-        entries[label] = network, result, folder / "log.csv"
+def add_entry(entries, name, network, run):
+    """A row of the table: the network, its scores on val and its log."""
+    if run.machine.rank == 0:
+        result = read_scores(run.folder / "results-val.json")
+        entries[name] = network, result, run.folder / "log.csv"
 
-    if given_scores:
-        entries["teacher"] = teacher, given_scores, None
-    elif teacher:
-        add("teacher", teacher, experiment(args, data, "teacher")[0])
-    if student and args.method != "ce":
-        other, steps, _, conditions, _ = experiment(alone(args), data, "student")
-        if (other / "results-val.json").exists() and (other / "last.pt").exists():
-            network, state = load_network(other / "last.pt", args.device)
-            if state["stage_conditions"] == conditions and state["step"] == steps:
-                add("student alone", network.to(memory_format=torch.channels_last), other)
-    folder = experiment(args, data, "student" if student else "teacher")[0]
-    if student:
-        add("student alone" if args.method == "ce" else f"student {args.method}", student, folder)
-        report_terms(folder, args.term_weights)
-    report(folder, entries, data, args.base, args.crop, args.device)
+
+def add_student_alone(entries, alone, taught):
+    """The same student's finished run without a teacher, if it is at hand."""
+    last = alone.folder / "last.pt"
+    if not last.exists() or not (alone.folder / "results-val.json").exists():
+        return
+    state = load_checkpoint(last)
+    if alone.stage.differences(state.get("stage", {})) or state["step"] < alone.stage.steps:
+        return
+    network, _ = load_network(last, taught.machine.device)
+    add_entry(entries, "student alone", network.to(memory_format=torch.channels_last), alone)
+
+
+def report_run(plan, run, entries):
+    """Print the table of all networks and draw them. run: of the student, else of the teacher."""
+    if plan.methods:
+        report_terms(run.folder, run.stage.weights)
+    first = {"teacher": 0, "student alone": 1}
+    rows = dict(sorted(entries.items(), key=lambda item: first.get(item[0], 2)))
+    report(run.folder, rows, plan.data, plan.common["base"], plan.common["crop"],
+           plan.machine.device)
 
 
 # ---------------------------------------------------------------- recipes
 
-# base: short side at scale 1, training and evaluation alike; scale: range of the random resizing.
-# differs: paper's schedule known for Cityscapes alone, release's VOC script 6 a GPU and 3,670 steps, here: student's
-# AdamW 6e-5 and decay the paper's, weight decay 0.01, warm-up 1,500 and scale 0.5-2.0 the release's; crop, batch and
-# steps the paper's for Cityscapes, the field's for VOC and ADE20K
-# unstated: how the teacher was trained; its steps are ours, and the CPU recipes throughout
-FULL = dict(base=512, crop=512, scale=(0.5, 2.0), batch_size=16, warmup=1500, teacher="deeplabv3_resnet101",
-            teacher_weights="imagenet", pool_steps=2000, student="mit_b0", student_weights="imagenet")
-SMALL = dict(batch_size=8, teacher="deeplabv3_resnet10", teacher_weights="none",
-             student="mit_nano", student_weights="none")
+# base: short side of the images at scale 1, for training and evaluation alike.
+# scale: range of the random resizing.
+# differs: paper's schedule is known for Cityscapes alone, release's VOC script takes 6 images a GPU
+# and 3,670 steps, here crop, batch and steps are the paper's for Cityscapes, the field's for others
+# unstated: how long the teacher was trained, here its steps and the CPU recipes are ours
+FULL = dict(
+    base=512, crop=512, scale=(0.5, 2.0), batch_size=16, warmup=1500,
+    teacher="deeplabv3_resnet101", teacher_weights="imagenet", pool_steps=2000,
+    student="mit_b0", student_weights="imagenet")
 RECIPES = {
     "cityscapes": FULL | dict(base=1024, batch_size=24, steps=50_000, teacher_steps=40_000),
     "voc": FULL | dict(steps=40_000, teacher_steps=30_000, teacher_weights="voc"),
     "ade20k": FULL | dict(steps=80_000, teacher_steps=80_000),
-    "full": FULL | dict(steps=20_000, teacher_steps=20_000, warmup=1000),  # of your own data, --dataset folder
-    "small": SMALL | dict(base=96, crop=96, scale=(0.75, 1.5), steps=800, warmup=80,
-                          teacher_steps=1500, pool_steps=100),
-    "shapes": SMALL | dict(base=64, crop=64, scale=(1.0, 1.0), steps=400, teacher_steps=600, pool_steps=60, warmup=40),
+    # of your own data, --dataset folder, with a GPU
+    "full": FULL | dict(steps=20_000, teacher_steps=20_000, warmup=1000),
+    # of your own data on a CPU: the teacher starts from ImageNet weights, the student from random
+    "small": dict(
+        base=240, crop=192, scale=(0.75, 1.5), batch_size=8, warmup=80,
+        teacher="deeplabv3_mobilenet_v2", teacher_weights="imagenet", teacher_steps=1000,
+        pool_steps=100, student="mit_b0", student_weights="none", steps=1600),
+    # of the embedded data set: everything from random weights, in five minutes
+    "shapes": dict(
+        base=64, crop=64, scale=(1.0, 1.0), batch_size=8, warmup=40,
+        teacher="deeplabv3_resnet10", teacher_weights="none", teacher_steps=600,
+        pool_steps=60, student="mit_nano", student_weights="none", steps=400),
 }
 
 
 def parse_options(argv=None):
-    """The command line, with the recipe's values filled in. Raises InputError for values out of range."""
-    p = Parser(usage="%(prog)s [options]", description="Distil a CNN teacher into a Vision Transformer student "
-               "(C2VKD). Defaults marked * come from the data set's recipe.")
-    steps, pixels = dict(type=at_least(1), metavar="N"), dict(type=at_least(32), metavar="PIXELS")
-    rate = dict(type=at_least(1e-12, float), metavar="X")
-    g = p.add_argument_group("what")
-    g.add_argument("--dataset", default="shapes", choices=DATASETS, help="default shapes")
-    g.add_argument("--data", metavar="DIR", help="its folder (default data/NAME)")
-    g.add_argument("--method", choices=("teacher", *losses.METHODS), help="default c2vkd, on shapes ce and c2vkd; "
-                   "teacher: stop after stage 2")
-    g.add_argument("--recipe", choices=("small", "full"),
-                   help="of folder: default full with a GPU, else small")
-    g.add_argument("--out", default="runs", metavar="DIR", help="output folder (default runs)")
-    g.add_argument("--name", metavar="NAME", help="folder, table row (default METHOD-STUDENT-seedN)")
-    g = p.add_argument_group("teacher")
-    g.add_argument("--teacher", choices=TEACHERS, help="*")
-    g.add_argument("--teacher-weights", metavar="W", help="* imagenet | none | voc (finished) | FILE (a "
-                   "finished last.pt, or torchvision's own state dict)")
-    g.add_argument("--teacher-steps", **steps, help="*")
-    g.add_argument("--teacher-lr", **rate, help="default 0.01 (SGD) from ImageNet, 0.001 (AdamW) from random weights")
-    g.add_argument("--pool-steps", **steps, help="* steps that fit the attention pool")
-    g.add_argument("--clip", metavar="FILE", help="take the pool of this CLIP RN101.pt, do not fit one")
-    g = p.add_argument_group("student")
-    g.add_argument("--student", choices=VARIANTS, help="*")
-    g.add_argument("--student-weights", metavar="W", help="* imagenet | none | FILE")
-    g.add_argument("--steps", **steps, help="*")
-    g.add_argument("--lr", **rate, help="default 6e-5 from ImageNet, 0.001 from random weights")
-    g.add_argument("--kl", default="forward", choices=("forward", "reverse"),
-                   help="direction in Eq. 3, 4 and 9 (default forward)")
-    g.add_argument("--weights", nargs="+", default=[], metavar="T=X",
-                   help="of terms, as gb=0.1 lc=0.5, or summed | released")
-    g = p.add_argument_group("batches")
-    g.add_argument("--batch-size", type=at_least(2), metavar="N", help="* images, all GPUs together")
-    g.add_argument("--crop", **pixels, help="* side of the square crop and of the evaluation window")
-    g.add_argument("--base", **pixels, help="* short side of the images at scale 1")
-    g.add_argument("--warmup", type=at_least(0), metavar="N",
-                   help="* steps of linear warm-up (a tenth of a shorter stage)")
-    g = p.add_argument_group("machine")
-    g.add_argument("--gpus", type=at_least(0), metavar="N", help="default 1 if there is one, else 0: the CPU")
-    g.add_argument("--workers", type=at_least(0), metavar="N", help="loader processes (default 8 a GPU, 0 on a CPU)")
-    g.add_argument("--seed", type=at_least(0, below=2**32), default=0, metavar="N", help="default 0")
-    g.add_argument("--deterministic", action="store_true", help="bitwise repeatable on CUDA, slower")
-    g = p.add_argument_group("reports")
-    g.add_argument("--log-every", default=20, **steps, help="steps a row of log.csv (default 20)")
-    g.add_argument("--report-every", default=200, **steps, help="steps between gradient norms (default 200)")
-    g.add_argument("--val-every", **steps, help="steps between validations (default a quarter of all)")
-    g.add_argument("--val-images", default=200, **steps, help="images of those (default 200; the last one takes all)")
-    args = p.parse_args(argv)
-
+    """The command line, with the recipe's values filled in. Raises InputError for bad values."""
+    args = parser().parse_args(argv)
     found = torch.cuda.device_count()
     args.gpus = min(1, found) if args.gpus is None else args.gpus
     if args.gpus > found and "RANK" not in os.environ:
         remedy = f"--gpus {found}" if found else "--gpus 0 to run on the CPU"
         raise InputError(f"--gpus {args.gpus}: {found} CUDA devices found; use {remedy}")
-    if args.recipe and args.dataset != "folder":
-        raise InputError(f"--recipe {args.recipe}: {args.dataset} has one recipe; it goes with --dataset folder")
-    args.recipe = args.recipe or (args.dataset if args.dataset != "folder" else "full" if args.gpus else "small")
-    for key, value in RECIPES[args.recipe].items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, list(value) if key == "scale" else value)
-    # unstated: training from random weights, for which AdamW at 1e-3 does better than the paper's 6e-5 from ImageNet
-    # weights (student) and the usual SGD 0.01 (teacher)
+    fill_from_recipe(args)
+    # unstated: training from random weights, for which AdamW at 1e-3 does better than the paper's
+    # 6e-5 from ImageNet weights for the student, and the usual SGD at 0.01 for the teacher
     args.lr = args.lr or (1e-3 if args.student_weights == "none" else 6e-5)
     args.teacher_lr = args.teacher_lr or (1e-3 if args.teacher_weights == "none" else 0.01)
-    args.workers = (8 if args.gpus else 0) if args.workers is None else args.workers
+    args.workers = default_workers(args.gpus) if args.workers is None else args.workers
     args.both = args.method is None and args.dataset == "shapes"
     args.method = args.method or "c2vkd"
-    directed = args.method != "teacher" and losses.METHODS[args.method].has_direction
-    if args.kl == "reverse" and not directed:
-        raise InputError(f"--kl reverse: {args.method} has no direction to choose; it goes with --method c2vkd")
-    if args.clip and args.method != "teacher" and "A_l" not in losses.METHODS[args.method].needs:
-        raise InputError(f"--clip: {args.method} uses no attention pool; it goes with --method c2vkd")
-    if args.teacher_weights == "voc" and args.dataset != "voc":
-        raise InputError("--teacher-weights voc: that model knows VOC's classes only; use imagenet, none or a FILE")
-    folder = Path(args.name or "default")
-    if folder.is_absolute() or ".." in folder.parts or not folder.name:
-        raise InputError(f"--name {args.name}: leaves the folder of the runs; --out chooses that")
+    refuse_useless(args)
     args.term_weights = term_weights(args)
     return args
 
 
+def parser():
+    p = Parser(usage="%(prog)s [options]", description="Distil a CNN teacher into a Vision "
+               "Transformer student (C2VKD). Defaults marked * come from the data set's recipe.")
+    steps, pixels = dict(type=at_least(1), metavar="N"), dict(type=at_least(32), metavar="PIXELS")
+    rate = dict(type=at_least(1e-12, float), metavar="X")
+    seed = dict(type=at_least(0, below=2**32), default=0, metavar="N")
+    g = p.add_argument_group("what")
+    g.add_argument("--dataset", default="shapes", choices=DATASETS, help="default shapes")
+    g.add_argument("--data", metavar="DIR", help="its folder (default data/NAME)")
+    g.add_argument("--method", choices=("teacher", *METHODS),
+                   help="default c2vkd, on shapes ce and c2vkd; teacher: stop after stage 2")
+    g.add_argument("--recipe", choices=("small", "full"),
+                   help="of folder: default full with a GPU, else small")
+    g.add_argument("--out", default="runs", metavar="DIR", help="output folder (default runs)")
+    g.add_argument("--name", metavar="NAME",
+                   help="folder, table row (default METHOD-STUDENT-seedN)")
+    g = p.add_argument_group("teacher")
+    g.add_argument("--teacher", choices=TEACHERS, help="*")
+    g.add_argument("--teacher-weights", metavar="W",
+                   help="* imagenet | none | voc (finished) | FILE: a finished last.pt or "
+                   "torchvision state dict, or a backbone's ImageNet weights for stage 1")
+    g.add_argument("--teacher-steps", **steps, help="*")
+    g.add_argument("--teacher-lr", **rate,
+                   help="default 0.01 (SGD) from ImageNet, 0.001 (AdamW) from random weights")
+    g.add_argument("--teacher-seed", **seed, help="of stages 1 and 2 (default 0)")
+    g.add_argument("--pool-steps", **steps, help="* steps that fit the attention pool")
+    g.add_argument("--clip", metavar="FILE",
+                   help="take the pool of this CLIP RN101.pt, do not fit one")
+    g = p.add_argument_group("student")
+    g.add_argument("--student", choices=VARIANTS, help="*")
+    g.add_argument("--student-weights", metavar="W", help="* imagenet | none | FILE")
+    g.add_argument("--steps", **steps, help="*")
+    g.add_argument("--lr", **rate, help="default 6e-5 from ImageNet, 0.001 from random weights")
+    g.add_argument("--seed", **seed, help="of stage 3 (default 0)")
+    g.add_argument("--kl", default="forward", choices=("forward", "reverse"),
+                   help="direction in Eq. 3, 4 and 9 (default forward)")
+    g.add_argument("--weights", nargs="+", default=[], metavar="T=X",
+                   help="of terms, as gb=0.1 lc=0.5, or summed | released")
+    g = p.add_argument_group("batches")
+    g.add_argument("--batch-size", type=at_least(2), metavar="N",
+                   help="* images, all GPUs together")
+    g.add_argument("--crop", **pixels,
+                   help="* side of the square crop and of the evaluation window")
+    g.add_argument("--base", **pixels, help="* short side of the images at scale 1")
+    g.add_argument("--warmup", type=at_least(0), metavar="N",
+                   help="* steps of linear warm-up (a tenth of a shorter stage)")
+    g = p.add_argument_group("machine")
+    g.add_argument("--gpus", type=at_least(0), metavar="N",
+                   help="default 1 if there is one, else 0: the CPU")
+    g.add_argument("--workers", type=at_least(0), metavar="N",
+                   help="loader processes (default: cores a GPU, at most 16; 0 on a CPU)")
+    g.add_argument("--deterministic", action="store_true",
+                   help="bitwise repeatable on CUDA, slower")
+    g = p.add_argument_group("reports")
+    g.add_argument("--log-every", default=20, **steps, help="steps a row of log.csv (default 20)")
+    g.add_argument("--val-every", **steps,
+                   help="steps between validations (default a quarter of all)")
+    g.add_argument("--val-images", default=200, **steps,
+                   help="images of those (default 200; the last one takes all)")
+    return p
+
+
+def fill_from_recipe(args):
+    if args.recipe and args.dataset != "folder":
+        raise InputError(f"--recipe {args.recipe}: {args.dataset} has one recipe; it goes with "
+                         "--dataset folder")
+    own_data = "full" if args.gpus else "small"
+    args.recipe = args.recipe or (own_data if args.dataset == "folder" else args.dataset)
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
+def default_workers(gpus):
+    """As many loader processes as there are cores a GPU, at most 16. On a CPU none."""
+    return min(16, max(1, (os.cpu_count() or 1) // gpus)) if gpus else 0
+
+
+def refuse_useless(args):
+    """Raise InputError for options that the rest of the command line would ignore."""
+    method = METHODS.get(args.method)  # None: teacher
+    if args.kl == "reverse" and not (method and method.has_direction):
+        raise InputError(f"--kl reverse: {args.method} has no direction to choose; it goes with "
+                         "--method c2vkd")
+    if args.clip and method and "A_l" not in method.needs:
+        raise InputError(f"--clip: {args.method} uses no attention pool; it goes with --method "
+                         "c2vkd")
+    if args.teacher_weights == "voc" and args.dataset != "voc":
+        raise InputError("--teacher-weights voc: that model knows VOC's classes only; use "
+                         "imagenet, none or a FILE")
+    folder = Path(args.name or "default")
+    if folder.is_absolute() or ".." in folder.parts or not folder.name:
+        raise InputError(f"--name {args.name}: leaves the folder of the runs; --out chooses that")
+
+
 def term_weights(args):
-    """Weight of each term of the method after --weights. Raises InputError for a term it does not have."""
+    """Weight of each term of the method after --weights. Raises InputError for other terms."""
     if args.method == "teacher":
         if args.weights:
-            raise InputError("--weights: the teacher's training has no terms to weigh; it goes with a method")
+            raise InputError("--weights: the teacher's training has no terms to weigh; it goes "
+                             "with a method")
         return {}
-    weights = dict(losses.METHODS[args.method].weights)
+    weights = dict(METHODS[args.method].weights)
     if args.method == "c2vkd" and args.weights in (["summed"], ["released"]):
         return losses.c2vkd_weights(args.weights[0], TEACHERS[args.teacher].channels)
     for item in args.weights:
@@ -634,23 +1079,50 @@ def term_weights(args):
                 raise ValueError
             weights[name] = float(value)
         except ValueError:
-            raise InputError(f"--weights {item}: {args.method} takes {' '.join(f'{n}=NUMBER' for n in weights)}"
-                             + (" or one word, summed or released" if args.method == "c2vkd" else "")) from None
+            taken = " ".join(f"{n}=NUMBER" for n in weights)
+            words = " or one word, summed or released" if args.method == "c2vkd" else ""
+            raise InputError(f"--weights {item}: {args.method} takes {taken}{words}") from None
     return weights
 
 
-# ---------------------------------------------------------------- processes
+# ---------------------------------------------------------------- processes and devices
 
-def listen():
-    """SIGINT or SIGTERM ends the run after the next row of the log, with its state saved; a second one at once."""
-    def ask(*_):
-        if Run.stop:
-            raise KeyboardInterrupt
-        Run.stop = True
-        print("stopping after the next row of the log; once more to stop at once", file=sys.stderr)
+def settings(cuda, deterministic=False):
+    """What both training and the benchmark set before anything runs."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if not cuda:
+        return
+    torch.backends.cudnn.benchmark = not deterministic
+    # TF32 for the float32 products left under autocast, above all the Grams of the patch loss. They
+    # hardly amplify the rounding of their inputs: the gradient is within 1%, or within 3% where
+    # N < C and the student is near its teacher
+    torch.set_float32_matmul_precision("high")
+    # on Hopper torch prefers cuDNN's attention, which plans anew for each shape, 0.4 s every time,
+    # and of which NaN is reported for a single query, which the pool has
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
+
+def start_machine(args):
+    """The Machine of this process, with its device and its place among several set up."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if args.gpus else torch.device("cpu")
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # one process speaks
+    if args.gpus:
+        torch.cuda.set_device(device)
+    settings(bool(args.gpus), args.deterministic)
+    if processes > 1:
+        backend, bound = ("nccl", device) if args.gpus else ("gloo", None)
+        # the others wait while one process draws, downloads or scores
+        dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=bound)
+    # where loader processes are not forked, each would otherwise import torch by itself
+    multiprocessing.set_forkserver_preload(["torch"])
+    Stop.listen()
+    return Machine(device, rank, processes, args.workers, args.log_every, args.val_every,
+                   args.val_images)
 
 
 def main():
@@ -658,34 +1130,18 @@ def main():
     if args.gpus > 1 and "RANK" not in os.environ:  # this script again, one process a GPU
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   "--nproc-per-node", str(args.gpus), *sys.argv])
-    args.rank, args.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.rank:
-        sys.stdout = open(os.devnull, "w")  # one process speaks
-    args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.gpus else torch.device("cpu")
-    if args.gpus:
-        torch.cuda.set_device(args.device)
-        torch.backends.cudnn.benchmark = not args.deterministic
-        # TF32 for the float32 products left under autocast, the Grams of the patch loss above all: they hardly amplify
-        # the rounding of their inputs (gradient within 1%; within 3% where N < C and the student is near its teacher)
-        torch.set_float32_matmul_precision("high")
-    if args.processes > 1:
-        # the others wait while one process draws, downloads or scores
-        dist.init_process_group("nccl" if args.gpus else "gloo", timeout=timedelta(hours=6))
-    else:
-        listen()  # several processes rely on their checkpoints
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    machine = start_machine(args)
     try:
-        train(args)
-    except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: from what a dead process left half sent
-        if isinstance(e, BrokenPipeError) or isinstance(e, RuntimeError) and "DataLoader worker (pid" not in str(e):
-            raise
-        if Run.stop:  # the signal reached them, too
+        train(args, machine)
+    except InputError:
+        if machine.rank:
+            time.sleep(5)  # process 0 tells of an error that it has too, and then ends the others
+        raise
+    except Exception:
+        if Stop.asked:  # the signal reached loader processes, too
             raise KeyboardInterrupt from None
-        raise InputError("a loader process died (out of memory?): "
-                         "run the same command again with fewer --workers") from None
-    if dist.is_initialized():  # not after an error in one process, while the others wait in a collective
+        raise
+    if dist.is_initialized():  # not after an error, while others wait in a collective
         dist.destroy_process_group()
 
 
