@@ -105,7 +105,7 @@ class DataSet:
                 f"convert it to class indices{self._verb()}")
         if ";" in raw.info["packing"] and raw.mode != "P":
             raise LabelInputError(
-                f"{path}: a grey picture of 2 or 4 bits, whose values readers stretch; "
+                f"{path}: a grey picture of 2 or 4 bits or inverted, whose values readers change; "
                 f"save it with 8 bits a pixel or convert it to class indices{self._verb()}")
         if self.name == "folder" and raw.mode == "P" and (wrong := self.other_palette(raw)):
             raise LabelInputError(f"{path}: {wrong}; convert it to class indices{self._verb()}, "
@@ -176,7 +176,8 @@ def _open(path):
     try:
         image = Image.open(path)
         # "L;4" for four bits of grey: Pillow stretches such values, and forgets it on loading
-        image.info["packing"] = str(image.tile[0][3]) if image.tile else ""
+        packing = image.tile[0][3] if image.tile else ""
+        image.info["packing"] = packing if isinstance(packing, str) else str(packing[:1])
         image.load()
         return image
     except FileNotFoundError:
@@ -208,14 +209,7 @@ def open_dataset(name, root=None, missing_ok=False):
                          "give --data a folder with images/, labels/ and classes.txt")
     layouts = {"shapes": _folder, "ade20k": _ade20k, "cityscapes": _cityscapes, "voc": _voc,
                "folder": _folder}
-    data = DataSet(name, *layouts[name](root), root)
-    for split in ("train", "val"):
-        if not data.pairs[split]:
-            raise InputError(f"{root}: no image of the {split} split found; "
-                             f"README shows the layout of {name}")
-    if not missing_ok:
-        _refuse_missing(data)
-    return data
+    return _complete(DataSet(name, *layouts[name](root), root), missing_ok)
 
 
 def data_folder(name, root=None):
@@ -223,12 +217,20 @@ def data_folder(name, root=None):
     return Path(root or Path("data") / name)
 
 
-def _refuse_missing(data):
+def _complete(data, missing_ok=False):
+    """The data set itself. Raises InputError for a split without images, or for missing files."""
+    for split in ("train", "val"):
+        if not data.pairs[split]:
+            raise InputError(f"{data.root}: no image of the {split} split found; "
+                             f"README shows the layout of {data.name}")
+    if missing_ok:
+        return data
     paths = (path for pairs in data.pairs.values() for pair in pairs for path in pair if path)
     missing = [path for path in paths if not path.is_file()]
     if missing:
         more = f" ({len(missing) - 1} more are missing)" if missing[1:] else ""
         raise InputError(f"{missing[0]}: no such file; restore it or remove its partner{more}")
+    return data
 
 
 def pictures(folder):
@@ -255,7 +257,7 @@ def _by_stem(folder):
         other = found.setdefault(_stem(path), path)
         if other is not path:
             raise InputError(f"{folder}: two images are called {path.stem} but for the ending "
-                             f"({other.name} and {path.name}); rename one and its partner")
+                             f"({other.name}, {path.name}); rename one and its partner")
     return found
 
 
@@ -661,7 +663,8 @@ def check(data):
                 faults += 1
                 print(error)
             if isinstance(error, LabelInputError):
-                held += _held(data, label)
+                with suppress(InputError):  # the fault is printed already
+                    held += _held(data, label)
     return faults, held
 
 
@@ -672,13 +675,13 @@ def _held(data, path):
     return Counter({_colour(code) if kind == "colour" else code: count for code, count in codes})
 
 
-def _show(data, held, most=12):
-    """Print the commonest colours or values, their share and what they stand for."""
+def _show(data, held, total, most=12):
+    """Print the commonest colours or values, their share of all pixels and what they stand for."""
     known = dict(enumerate(data.classes)) | {IGNORE: "ignored"}
     for colour, name in zip(data.palette, data.classes):
         known[colour] = f"{known[colour]} and {name}" if colour in known else name
     for what, count in held.most_common(most):
-        print(f"  {what}  {count / held.total():.1%}  {known.get(what, 'not in classes.txt')}")
+        print(f"  {what}  {count / total:.1%}  {known.get(what, 'not in classes.txt')}")
     if len(held) > most:
         print(f"  and {len(held) - most} more")
 
@@ -745,11 +748,12 @@ def label_codes(data, path):
     """
     image = open_label(path)
     packing = image.info["packing"]
-    if image.mode == "F" or ";I" in packing or packing in ("L;2I", "L;4I"):
-        raise InputError(f"{path}: mode {image.mode} {packing}, which has no class indices; "
-                         "export the label again, as PNG")
+    stretched = {"L;2": 85, "L;4": 17}  # undo what Pillow does to 2 or 4 bits
+    if image.mode == "F" or image.mode in ("L", "1") and ";" in packing and packing not in stretched:
+        raise InputError(f"{path}: fractions or inverted values ({image.mode} {packing}), which are "
+                         "no class indices; export the label again, as PNG")
     if image.mode in ("L", "1") or image.mode[0] == "I":
-        stretch = {"L;2": 85, "L;4": 17}.get(packing, 1)  # undo what Pillow does to 2 or 4 bits
+        stretch = stretched.get(packing, 1)
         return "value", np.array(image).astype(np.int64) // stretch
     if image.mode == "P" and not data.other_palette(image):
         return "value", np.array(image).astype(np.int64)
@@ -807,8 +811,8 @@ def _refuse_unknown(data, found, known, what, remedy):
     unknown = Counter({k: count for k, count in found.items() if k not in known})
     if unknown:
         share = unknown.total() / found.total()
-        print(f"{what}, and their share of them:")
-        _show(data, unknown)
+        print(f"{what}, and their share of the pixels:")
+        _show(data, unknown, found.total())
         raise InputError(f"{data.root}: {len(unknown)} {what}, {share:.2%} of the pixels, are "
                          f"listed above; nothing was written; {remedy}")
 
@@ -861,8 +865,7 @@ def main():
         raise InputError(f"--dataset {args.dataset}: its labels need no conversion; "
                          "--convert goes with --dataset folder")
     root = data_folder("folder", args.data)
-    data = DataSet("folder", *_folder(root, labelmap=True), root)
-    _refuse_missing(data)
+    data = _complete(DataSet("folder", *_folder(root, labelmap=True), root))
     convert(data, args.convert, _mapping(args.map, data.classes), args.ignore_colour)
 
 
@@ -872,7 +875,7 @@ def _check_command(name, root):
     if held and name == "folder":
         print(f"{len(held)} colours or values in labels that hold no class indices, "
               "the commonest and their share:")
-        _show(data, held)
+        _show(data, held, held.total())
         print(f"python data.py --convert OUT --dataset folder --data {data.root}\n"
               "writes class indices into the new folder OUT")
     if shared := name == "folder" and _shared_colours(data):
@@ -1210,6 +1213,9 @@ def in_threads(function, items, **bar):
         pool.shutdown(cancel_futures=True)
 
 
+LOCKS = set()  # the open files of `locked`
+
+
 def quiet_worker(_):
     """For loader processes: Ctrl-C and the lock of a run are the main process's business.
 
@@ -1219,9 +1225,6 @@ def quiet_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for lock in LOCKS:
         lock.close()
-
-
-LOCKS = set()  # the open files of `locked`
 
 
 @contextmanager
