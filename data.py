@@ -749,9 +749,10 @@ def label_codes(data, path):
     image = open_label(path)
     packing = image.info["packing"]
     stretched = {"L;2": 85, "L;4": 17}  # undo what Pillow does to 2 or 4 bits
-    if image.mode == "F" or image.mode in ("L", "1") and ";" in packing and packing not in stretched:
-        raise InputError(f"{path}: fractions or inverted values ({image.mode} {packing}), which are "
-                         "no class indices; export the label again, as PNG")
+    inverted = image.mode in ("L", "1") and ";" in packing and packing not in stretched
+    if image.mode == "F" or inverted:
+        raise InputError(f"{path}: fractions or inverted values ({image.mode} {packing}), which "
+                         "are no class indices; export the label again, as PNG")
     if image.mode in ("L", "1") or image.mode[0] == "I":
         stretch = stretched.get(packing, 1)
         return "value", np.array(image).astype(np.int64) // stretch
