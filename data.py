@@ -1070,11 +1070,12 @@ class LabelInputError(InputError):
 class Console:
     """A text stream that ends no work: it replaces what it cannot show, drops what it cannot write.
 
-    stream: sys.stdout or sys.stderr, None where the program was started without.
+    stream: sys.stdout or sys.stderr, None or closed where the program was started without.
     """
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
+        usable = stream is not None and not stream.closed
+        self.stream = stream if usable else open(os.devnull, "w")
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")
 
