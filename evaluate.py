@@ -1,14 +1,20 @@
-"""Evaluation, pictures, comparison and export of trained networks (students and teachers alike).
+"""Scores, pictures, export and comparison of trained networks, students and teachers alike.
 
-    python evaluate.py --checkpoint runs/shapes/c2vkd-mit_nano-seed0/last.pt              # mIoU, per-class IoU
-    python evaluate.py --checkpoint FILE --image a.jpg DIR --pictures OUT                  # overlays, no labels needed
-    python evaluate.py --checkpoint FILE --export student.pt2                              # the bare network
-    python evaluate.py --compare runs/shapes runs/camvid                                   # gains of all methods
+    # mIoU and the IoU of each class
+    python evaluate.py --checkpoint runs/shapes/c2vkd-mit_nano-seed0/last.pt
+    # overlays of pictures without labels, or masks of class indices
+    python evaluate.py --checkpoint FILE --image a.jpg DIR --pictures OUT
+    python evaluate.py --checkpoint FILE --image DIR --masks
+    # the network alone, for torch.export or ONNX
+    python evaluate.py --checkpoint FILE --export student.pt2
+    # gains of all methods over the student alone
+    python evaluate.py --compare runs/shapes --against fitnet
 
-mIoU: one int64 confusion matrix over all labelled pixels of the split at the labels' original resolution,
-IoU = TP / (TP + FP + FN), mean over the classes that occur in labels or predictions.
+mIoU: one int64 confusion matrix over all labelled pixels of the split at the labels' original
+resolution, IoU = TP / (TP + FP + FN), mean over the classes that occur in labels or predictions.
 """
 import csv
+import importlib.util
 import io
 import itertools
 import json
@@ -16,6 +22,8 @@ import math
 import os
 import statistics
 import time
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +31,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader
 
-from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, Parser, at_least, command, data_folder,
-                  load_checkpoint, load_strictly, normalise, open_dataset, progress, quiet_worker, read_image,
-                  resize_short_side, spread, write_atomically)
-from losses import METHODS
+from data import (DATASETS, IGNORE, SUFFIXES, EvalImages, InputError, Parser, at_least, command,
+                  data_folder, load_checkpoint, load_strictly, normalise, open_dataset, progress,
+                  quiet_worker, read_image, resize_short_side, spread, write_atomically)
 from student import VARIANTS, Student, count_parameters
 from teacher import TEACHERS, Teacher
 
@@ -36,116 +44,156 @@ from teacher import TEACHERS, Teacher
 # ---------------------------------------------------------------- metric
 
 def confusion_matrix(prediction, label, classes):
-    """Counts (K,K) int64, row = label, column = prediction; pixels labelled 255 are left out."""
+    """Counts (K,K) int64, row = label, column = prediction. Pixels labelled 255 are left out."""
     valid = label != IGNORE
     pairs = label[valid].long() * classes + prediction[valid].long()
     return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
 
 
 def scores(matrix):
-    """mIoU, per-class IoU (None for a class in neither labels nor predictions) and pixel accuracy, all in percent."""
+    """What a confusion matrix (K,K) says, in percent.
+
+    miou, pixel_accuracy, iou of each class: None for one in neither labels nor predictions.
+    classes_scored: how many classes the mean runs over.
+    """
     hit = matrix.diag().double()
     iou = (100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)).tolist()
-    present = [v for v in iou if v == v]
-    return {"miou": sum(present) / max(1, len(present)), "iou": [v if v == v else None for v in iou],
-            "pixel_accuracy": (100 * hit.sum() / matrix.sum().clamp(min=1)).item()}
+    present = [v for v in iou if not math.isnan(v)]
+    return {"miou": sum(present) / max(1, len(present)),
+            "iou": [None if math.isnan(v) else v for v in iou],
+            "pixel_accuracy": (100 * hit.sum() / matrix.sum().clamp(min=1)).item(),
+            "classes_scored": len(present)}
 
 
 def commonest(matrix):
-    """mIoU in percent of always answering the commonest class of the labels: no network worth using has less."""
+    """mIoU of always answering the commonest class: no network worth using has less."""
     labelled = matrix.sum(1)
     answers = torch.zeros_like(matrix)
     answers[:, labelled.argmax()] = labelled
     return scores(answers)["miou"]
 
 
+# ---------------------------------------------------------------- prediction
+
 @torch.no_grad()
 def predict(model, image, size, window=None, stride=None, flip=False, batch=8):
     """Class map (H,W) int64 at `size` of one uint8 image (3,h,w).
 
-    The window slides over the image in steps of at most `stride` (default: two thirds of it), `batch` windows at a
-    time; logits are averaged where windows overlap, then resized bilinearly. window=None: the whole image at once.
-    Images smaller than the window are padded with the mean colour. flip: averaged with the mirror image.
-    On a GPU the network runs in bf16.
+    The window slides over the image in steps of at most `stride` (default: two thirds of it),
+    `batch` windows at a time. Logits are averaged where windows overlap, then resized bilinearly.
+    window=None: the whole image at once. flip: averaged with the mirror image.
+    Images smaller than the window are padded with the mean colour.
     """
-    image = normalise(image[None])
+    images = normalise(image[None])
     if flip:
-        image = torch.cat([image, image.flip(3)])
-    h, w = image.shape[2:]
-    win_h, win_w = (window, window) if window else (max(h, 32), max(w, 32))
-    image = F.pad(image, (0, max(0, win_w - w), 0, max(0, win_h - h)))
-    # differs: paper 512 windows, overlap not stated, release one centre crop of a resized image with resized labels,
-    # here windows that overlap by a third, at the labels' own size
-    tops, lefts = (_starts(side, win, min(stride or 2 * win // 3, win))
-                   for side, win in zip(image.shape[2:], (win_h, win_w)))
-    corners = [(y, x) for y in tops for x in lefts]
-    total = weight = 0
-    for i in range(0, len(corners), batch):
-        some = corners[i:i + batch]
-        crops = torch.cat([image[:, :, y:y + win_h, x:x + win_w] for y, x in some])
-        with torch.autocast("cuda", torch.bfloat16, enabled=image.is_cuda):
-            logits = model(crops)[0].float()
-        if i == 0:
-            total = logits.new_zeros(len(image), logits.shape[1], *image.shape[2:])
-            weight = logits.new_zeros(image.shape[2:])
-        for (y, x), part in zip(some, logits.split(len(image))):
-            total[:, :, y:y + win_h, x:x + win_w] += F.interpolate(part, (win_h, win_w), mode="bilinear")
-            weight[y:y + win_h, x:x + win_w] += 1
-    logits = (total / weight)[:, :, :h, :w]
+        images = torch.cat([images, images.flip(3)])
+    h, w = images.shape[2:]
+    height, width = (window, window) if window else (max(h, 32), max(w, 32))
+    images = F.pad(images, (0, max(0, width - w), 0, max(0, height - h)))
+    logits = _slide(model, images, height, width, stride, batch)[:, :, :h, :w]
     if flip:
         logits = (logits[:1] + logits[1:].flip(3)) / 2
     return class_map(logits[0], tuple(size))
 
 
+def _slide(model, images, height, width, stride, batch):
+    """Logits (B,K,H,W) of images (B,3,H,W) from windows of height x width."""
+    # differs: the paper's windows have 512 pixels and an overlap that is not stated. The release
+    # scores one centre crop of a resized image with resized labels. Here windows overlap by a
+    # third and are scored at the labels' own size.
+    tops = _starts(images.shape[2], height, stride)
+    lefts = _starts(images.shape[3], width, stride)
+    corners = [(y, x) for y in tops for x in lefts]
+    total = None
+    for i in range(0, len(corners), batch):
+        some = corners[i:i + batch]
+        crops = torch.cat([images[:, :, y:y + height, x:x + width] for y, x in some])
+        logits = logits_of(model, crops)
+        if total is None:
+            total = logits.new_zeros(len(images), logits.shape[1], *images.shape[2:])
+            windows = logits.new_zeros(images.shape[2:])
+        for (y, x), part in zip(some, logits.split(len(images))):
+            part = F.interpolate(part, (height, width), mode="bilinear")
+            total[:, :, y:y + height, x:x + width] += part
+            windows[y:y + height, x:x + width] += 1
+    return total / windows
+
+
 def _starts(side, window, stride):
-    """Where windows begin along one side: every `stride`, the last one flush with the end."""
-    return list(range(0, side - window, stride)) + [side - window]
+    """Where windows begin along one side. The last one lies flush with the end."""
+    stride = min(stride or 2 * window // 3, window)
+    return [*range(0, side - window, stride), side - window]
+
+
+def logits_of(model, images):
+    """Logits (B,K,h,w) float32 of normalised images (B,3,H,W); bf16 and channels last on a GPU."""
+    if images.is_cuda:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+        return model(images).logits.float()
 
 
 def class_map(logits, size):
     """argmax (H,W) int64 over the classes of logits (K,h,w) resized bilinearly to `size`.
 
-    Class by class, because K x H x W numbers of a large picture are gigabytes. Ties go to the lower class.
+    Ties go to the lower class.
     """
+    # K x H x W numbers of a large picture are gigabytes: up to 16 classes at a time, in 32 MB
+    group = max(1, min(16, 2 ** 23 // math.prod(size)))
     best = torch.full(size, -torch.inf, device=logits.device)
     classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    for k, z in enumerate(logits):
-        value = F.interpolate(z[None, None], size, mode="bilinear")[0, 0]
-        classes = torch.where(value > best, k, classes)
+    for first in range(0, len(logits), group):
+        some = logits[None, first:first + group]
+        value, index = F.interpolate(some, size, mode="bilinear")[0].max(0)
+        classes = torch.where(value > best, first + index, classes)
         best = torch.maximum(value, best)
     return classes
 
 
-def evaluate(model, data, split, base, window, device, stride=None, flip=False, batch=8, images=None,
-             desc="evaluating", workers=0):
-    """Confusion matrix (K,K) of `model`, in eval mode, on `images` (default: all) images of a split.
+def evaluate(model, data, split, base, window, device, stride=None, flip=False, batch=8,
+             images=None, desc="evaluating", workers=0):
+    """Confusion matrix (K,K) of `model`, in eval mode, on a split.
 
-    `workers` processes decode. With several processes each takes every n-th image, once; the counts are added up.
+    images: how many, spread over the split (default: all). workers: processes that decode.
+    With several processes each takes every n-th image, and the counts are added up.
     """
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    dataset = EvalImages(data, split, base, spread(len(data.pairs[split]), images)[rank::processes])
-    # a generator of its own: the loader would draw from the one that training continues with
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=quiet_worker,
-                        generator=torch.Generator())
-    matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64, device=device)
     assert not model.training, "call model.eval() first"
+    several = dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    chosen = spread(len(data.pairs[split]), images)[rank::processes]
+    # a generator of its own: the loader would draw from the one that training continues with
+    loader = DataLoader(EvalImages(data, split, base, chosen), batch_size=None,
+                        num_workers=workers, worker_init_fn=quiet_worker,
+                        generator=torch.Generator())
+    classes = len(data.classes)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     for image, label in progress(loader, desc=desc, unit="images", disable=rank > 0, leave=False):
         label = label.to(device)
         prediction = predict(model, image.to(device), label.shape, window, stride, flip, batch)
-        matrix += confusion_matrix(prediction, label, len(data.classes))
-    if processes > 1:
+        matrix += confusion_matrix(prediction, label, classes)
+    if several:
         dist.all_reduce(matrix)
     return matrix
 
 
+def default_workers(gpus):
+    """Loader processes of one of `gpus` processes: its share of the cores, at most 16.
+
+    None without a GPU, where the network itself keeps the cores busy.
+    """
+    # the cores that this process may use, where the system tells: torch warns above their number
+    usable = getattr(os, "sched_getaffinity", None)
+    cores = len(usable(0)) if usable else os.cpu_count()
+    return min(16, cores // gpus) if gpus else 0
+
+
 @torch.no_grad()
-def milliseconds(network, height, width, device):
-    """Milliseconds of a forward pass of one image as in `predict`: the fastest of 20, the least disturbed one."""
-    image, times = torch.randn(1, 3, height, width, device=device), []
+def milliseconds(function, image):
+    """Milliseconds of function(image): the fastest of 20 calls, the least disturbed one."""
+    times = []
     for _ in range(20):
         begin = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16, enabled=image.is_cuda):
-            network(image)
+        function(image)
         if image.is_cuda:
             torch.cuda.synchronize(image.device)
         times.append(1000 * (time.perf_counter() - begin))
@@ -154,27 +202,43 @@ def milliseconds(network, height, width, device):
 
 # ---------------------------------------------------------------- pictures
 
+# one colour a method in all figures, told apart by the colour-blind too
+COLOURS = {"teacher": "black", "alone": "#0072b2", "ce": "#0072b2", "c2vkd": "#d55e00",
+           "fitnet": "#009e73", "dist": "#cc79a7", "kd": "#e69f00", "dkd": "#56b4e9"}
+SPARE = ("#7f7f7f", "#8c564b", "#9467bd", "#bcbd22", "#17becf")
+FONT = ImageFont.load_default(size=18)
+
+
+def colours_of(labels):
+    """A colour for each label of a figure: its method's, or a spare one for other names."""
+    spare = itertools.cycle(SPARE)
+    return [COLOURS.get(label.removeprefix("student ")) or next(spare) for label in labels]
+
+
 def paint(classes, palette):
-    """RGB picture (PIL) of a map (H,W) of class indices, each in its colour; 255 is white, which few palettes have."""
+    """RGB picture (PIL) of a map (H,W) of class indices. 255 is white, which few palettes have."""
     colours = np.full((256, 3), 255, np.uint8)
     colours[:len(palette)] = palette
     return Image.fromarray(colours[classes.numpy()])
 
 
 def legend(present, classes, palette, width):
-    """Picture `width` pixels wide that names the class indices in `present`; 255 is called ignored."""
+    """Picture `width` pixels wide that names the class indices in `present`. 255: ignored."""
     size = max(12, width // 60)
-    font, names = ImageFont.load_default(size=size), dict(enumerate(classes)) | {IGNORE: "ignored"}
+    font = ImageFont.load_default(size=size)
+    names = dict(enumerate(classes)) | {IGNORE: "ignored"}
     present = sorted(present)
     colours = paint(torch.tensor([present]), palette)
     step = 3 * size + max(round(font.getlength(names[k])) for k in present)
     columns = max(1, width // step)
-    sheet = Image.new("RGB", (width, 2 * size * -(-len(present) // columns)), "white")
+    rows = math.ceil(len(present) / columns)
+    sheet = Image.new("RGB", (width, 2 * size * rows), "white")
     draw = ImageDraw.Draw(sheet)
     for i, k in enumerate(present):
-        x, y = i % columns * step, i // columns * 2 * size + size // 2
+        row, column = divmod(i, columns)
+        x, y = column * step, row * 2 * size + size // 2
         draw.rectangle((x, y, x + size, y + size), fill=colours.getpixel((i, 0)), outline="grey")
-        draw.text((x + 3 * size // 2, y + size // 2), names[k], fill="black", font=font, anchor="lm")
+        draw.text((x + 3 * size // 2, y + size // 2), names[k], "black", font, anchor="lm")
     return sheet
 
 
@@ -184,10 +248,10 @@ def overlay(image, prediction, classes, palette):
     return Image.fromarray(np.vstack([Image.blend(image, paint(prediction, palette), 0.7), below]))
 
 
-def comparison(data, split, base, window, models, device, images=4):
-    """Picture to project: a row for each of `images` images spread over the split, above a legend.
+def comparison(data, split, base, window, models, device, images=3):
+    """Picture to project: a row for each of `images` images spread over the split, and a legend.
 
-    Columns: image | label | one for each network in `models` (name -> network in eval mode; None is left out).
+    Columns: image, label, and one for each of `models`: name -> network in eval mode, or None.
     """
     models = {name: model for name, model in models.items() if model is not None}
     rows, present = [], set()
@@ -196,26 +260,28 @@ def comparison(data, split, base, window, models, device, images=4):
         maps = [label]
         for model in models.values():
             maps.append(predict(model, image.to(device), label.shape, window).cpu())
-        rows.append([Image.fromarray(image.permute(1, 2, 0).numpy()), *(paint(m, data.palette) for m in maps)])
         present.update(*(m.unique().tolist() for m in maps))
+        photo = Image.fromarray(image.permute(1, 2, 0).numpy())
+        rows.append([photo, *(paint(m, data.palette) for m in maps)])
     width = min(max(256, *(row[0].width for row in rows)), 512)
-    tiles = [[_title(name, width) for name in ("image", "label", *models)]]
-    for row in rows:
-        size = width, round(width * row[0].height / row[0].width)
-        tiles.append([ImageOps.expand(p.resize(size, Image.Resampling.NEAREST), 3, "white") for p in row])
-    sheet = np.vstack([np.hstack(row) for row in tiles])
-    return Image.fromarray(np.vstack([sheet, legend(present, data.classes, data.palette, sheet.shape[1])]))
+    titles = np.hstack([_title(name, width) for name in ("image", "label", *models)])
+    sheet = np.vstack([titles, *(_tiles(row, width) for row in rows)])
+    below = legend(present, data.classes, data.palette, sheet.shape[1])
+    return Image.fromarray(np.vstack([sheet, below]))
 
 
 def _title(name, width):
     sheet = Image.new("RGB", (width + 6, width // 8), "white")
     font = ImageFont.load_default(size=width // 12)
-    ImageDraw.Draw(sheet).text((4, width // 16), name, fill="black", font=font, anchor="lm")
+    ImageDraw.Draw(sheet).text((4, width // 16), name, "black", font, anchor="lm")
     return sheet
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "black")  # for the colour-blind, too
-FONT = ImageFont.load_default(size=18)
+def _tiles(pictures, width):
+    """Pictures beside each other, as wide as `width` and as high as the first one needs."""
+    size = width, round(width * pictures[0].height / pictures[0].width)
+    tiles = [p.resize(size, Image.Resampling.NEAREST) for p in pictures]
+    return np.hstack([ImageOps.expand(tile, 3, "white") for tile in tiles])
 
 
 def _ticks(low, high):
@@ -228,71 +294,49 @@ def _ticks(low, high):
 
 def chart(curves, xlabel, ylabel, width=800, height=480):
     """Line chart (PIL) of curves: name -> [(x, y), ...], each with at least one point."""
-    xs, ys = (_ticks(min(values), max(values)) for values in zip(*itertools.chain(*curves.values())))
+    points = list(itertools.chain(*curves.values()))
+    xs, ys = (_ticks(min(values), max(values)) for values in zip(*points))
     left, right, top, bottom = 60, width - 30, 70, height - 60
 
-    def at(x, y):
-        return left + (right - left) * (x - xs[0]) / (xs[-1] - xs[0]), \
-            bottom - (bottom - top) * (y - ys[0]) / (ys[-1] - ys[0])
+    def across(x):
+        return left + (right - left) * (x - xs[0]) / (xs[-1] - xs[0])
+
+    def down(y):
+        return bottom - (bottom - top) * (y - ys[0]) / (ys[-1] - ys[0])
 
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
+    text = partial(draw.text, fill="black", font=FONT)
     for x in xs:
-        draw.line((at(x, ys[0]), at(x, ys[-1])), fill="lightgrey")
-        draw.text((at(x, ys[0])[0], bottom + 6), f"{x:g}", fill="black", font=FONT, anchor="ma")
+        draw.line((across(x), top, across(x), bottom), fill="lightgrey")
+        text((across(x), bottom + 6), f"{x:g}", anchor="ma")
     for y in ys:
-        draw.line((at(xs[0], y), at(xs[-1], y)), fill="lightgrey")
-        draw.text((left - 8, at(xs[0], y)[1]), f"{y:g}", fill="black", font=FONT, anchor="rm")
-    draw.text((right, height - 6), xlabel, fill="black", font=FONT, anchor="rd")
-    draw.text((8, top - 12), ylabel, fill="black", font=FONT, anchor="ld")
+        draw.line((left, down(y), right, down(y)), fill="lightgrey")
+        text((left - 8, down(y)), f"{y:g}", anchor="rm")
+    text((right, height - 6), xlabel, anchor="rd")
+    text((8, top - 12), ylabel, anchor="ld")
     x = left
-    for (name, points), colour in zip(curves.items(), itertools.cycle(COLOURS)):
-        corners = [at(*point) for point in points]
+    for (name, curve), colour in zip(curves.items(), colours_of(curves)):
+        corners = [(across(u), down(v)) for u, v in curve]
         draw.line(corners, fill=colour, width=3)
         for u, v in corners:
             draw.ellipse((u - 5, v - 5, u + 5, v + 5), fill=colour)
         draw.line((x, 18, x + 24, 18), fill=colour, width=5)
-        draw.text((x + 32, 18), name, fill="black", font=FONT, anchor="lm")
+        text((x + 32, 18), name, anchor="lm")
         x += 60 + FONT.getlength(name)
     return sheet
 
 
-def gain_chart(rows, width=800):
-    """Picture (PIL) of the rows of `compare`: a method's gain over `ce` as a bar, its 95% interval as a line."""
-    rows = [r for r in rows if r["gain"] is not None]
-    ends = [0, 1, *(v for r in rows for v in (r["gain"], r["low"], r["high"]) if v is not None)]
-
-    def at(gain):
-        return 170 + (width - 270) * (gain - min(ends)) / (max(ends) - min(ends))
-
-    groups = itertools.groupby(rows, lambda r: f"{r['group']}: {r['split']}, {r['steps']} steps")
-    groups = [(name, list(members)) for name, members in groups]
-    sheet = Image.new("RGB", (width, 60 + 40 * len(groups) + 30 * len(rows)), "white")
-    draw, y = ImageDraw.Draw(sheet), -10
-    for name, members in groups:
-        y += 40
-        draw.text((8, y), name, fill="black", font=FONT, anchor="lm")
-        draw.line((at(0), y + 16, at(0), y + 30 * len(members) + 12), fill="black", width=2)
-        for row in members:
-            y += 30
-            first, last = sorted((at(0), at(row["gain"])))
-            draw.rectangle((first, y - 9, last, y + 9), fill=COLOURS[row["method"] == "c2vkd"])
-            if row["low"] is not None:
-                draw.line((at(row["low"]), y, at(row["high"]), y), fill="black", width=3)
-            draw.text((160, y), row["method"], fill="black", font=FONT, anchor="rm")
-            draw.text((width - 8, y), f"{row['gain']:+.1f}", fill="black", font=FONT, anchor="rm")
-    draw.text((8, y + 40), "bar: gain over ce, points of mIoU; line: its 95% interval, if there are several seeds",
-              fill="black", font=FONT, anchor="lm")
-    return sheet
-
-
-# ---------------------------------------------------------------- tables and the comparison of runs
+# ---------------------------------------------------------------- tables of one run
 
 def columns(rows):
-    """Text table of rows of str, the first row its head: first column to the left, the others to the right."""
+    """Text table of rows of str: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
-                     for row in rows)
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
 
 
 def number(value, form=".2f"):
@@ -300,131 +344,53 @@ def number(value, form=".2f"):
 
 
 def table(rows, classes):
-    """Text table of networks, each row (label, parameters, milliseconds an image or None, scores)."""
+    """Text table of networks, each row (label, parameters, milliseconds or None, scores)."""
     head = [["", "parameters", "ms an image", "mIoU", "pixel acc."]]
-    head += [[label, f"{count:,}", number(ms, ".1f"), number(s["miou"]), number(s["pixel_accuracy"])]
-             for label, count, ms, s in rows]
-    each = [["IoU of each class, %", *(row[0] for row in rows)]]
-    each += [[name, *(number(row[-1]["iou"][k]) for row in rows)] for k, name in enumerate(classes)]
-    return f"{columns(head)}\n\n{columns(each)}"
-
-
-def read_runs(folder, split):
-    """Results of all students below `folder`: label or method -> seed -> result, with "val", its mIoU on val.
-
-    Raises InputError where two runs differ in a condition that both have (`ce` has none that concern a teacher), where
-    seeds of one name differ in their options, and where a result cannot be read.
-    """
-    runs, seen = {}, {}
-    for path in sorted(Path(folder).rglob(f"results-{split}.json")):
-        result = read_scores(path)
-        if result.get("method") in (None, "teacher"):
-            continue
-        name = result.get("label") or result["method"]
-        options = {f"{k} of {name}": value for k, value in (result.get("options") or {}).items()}
-        conditions = result["conditions"] | {"step": result["step"]} | options
-        differing = [k for k, value in conditions.items() if seen.setdefault(k, (value, path))[0] != value]
-        if differing:
-            raise InputError(f"{path}: differs from {seen[differing[0]][1]} in {', '.join(differing)}; "
-                             "compare runs of the same conditions, and give those of other options another --name")
-        if result["seed"] in runs.setdefault(name, {}):
-            raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
-        val = path.with_name("results-val.json")
-        on_val = read_scores(val) if val.exists() else {}
-        if on_val.get("step") != result["step"]:
-            raise InputError(f"{val}: missing or of another step than {path.name}, and the best baseline is chosen on "
-                             "val; run evaluate.py on the last.pt beside it")
-        runs[name][result["seed"]] = result | {"val": on_val["miou"]}
-    if not runs:
-        raise InputError(f"{folder}: no results-{split}.json below it; run train.py, or evaluate.py --split {split}")
-    return runs
-
-
-# two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
-
-
-def interval(values):
-    """(low, high): Student's 95% interval of the mean; (None, None) for fewer than two values."""
-    if len(values) < 2:
-        return None, None
-    half = T95[min(len(values) - 2, len(T95) - 1)] * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values) - half, statistics.mean(values) + half
-
-
-def _signed(values):
-    """Mean and interval of numbers, each as text."""
-    low, high = interval(values)
-    return f"{statistics.mean(values):+.2f}", "(one seed)" if low is None else f"[{low:+.2f}, {high:+.2f}]"
-
-
-def compare(folder, split):
-    """One group of runs, all below `folder` -> (text, rows).
-
-    The text: mIoU mean and deviation of each method, gain over `ce` paired by seed, the paper's claim, IoU of each
-    class. rows: what stands in its first table as dicts, None where there is nothing. Raises InputError (read_runs).
-    """
-    runs = read_runs(folder, split)
-    alone, some = runs.get("ce", {}), next(iter(next(iter(runs.values())).values()))
-    gains = {name: {s: r["miou"] - alone[s]["miou"] for s, r in seeds.items() if s in alone}
-             for name, seeds in runs.items() if name != "ce"}
-    rows = []
-    for name, seeds in runs.items():
-        values, gain = [r["miou"] for r in seeds.values()], list(gains.get(name, {}).values())
-        low, high = interval(gain)
-        rows.append({"group": str(folder), "split": split, "steps": some["step"], "method": name, "seeds": len(values),
-                     "mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
-                     "gain": statistics.mean(gain) if gain else None, "low": low, "high": high})
-    overview = [["method", "seeds", "mIoU", "std", "gain over ce", "95% interval"]]
-    overview += [[r["method"], str(r["seeds"]), number(r["mean"]), number(r["std"]),
-                  *(_signed(gains[r["method"]].values()) if gains.get(r["method"]) else ("-", "-"))] for r in rows]
-    each = [["IoU of each class, %", *runs]]
-    for k, name in enumerate(some["classes"]):
-        cells = [[r["iou"][k] for r in seeds.values() if r["iou"][k] is not None] for seeds in runs.values()]
-        each.append([name, *(number(statistics.mean(c) if c else None) for c in cells)])
-    parts = f"{folder}: {split}, {some['step']} steps\n{columns(overview)}", _claims(runs, gains), columns(each)
-    return "\n\n".join(filter(None, parts)), rows
-
-
-def _claims(runs, gains):
-    """Lines that hold c2vkd against the best baseline without A_v, chosen on val, and against all methods with A_v."""
-    ours, on_val, lines, hints = gains.get("c2vkd", {}), {}, [], []
-    for name, gain in gains.items():
-        shared, method = gain.keys() & ours.keys(), next(iter(runs[name].values()))["method"]
-        if not shared or method in ("ce", "c2vkd"):
-            continue
-        if method in METHODS and "A_v" in METHODS[method].needs:
-            lead = [ours[s] - gain[s] for s in shared]
-            hints.append(f"gain(c2vkd) - gain({name}) = " + "   ".join(_signed(lead)))
-        else:
-            on_val[name] = statistics.mean(runs[name][s]["val"] - runs["ce"][s]["val"] for s in shared)
-    if on_val:
-        best = max(on_val, key=on_val.get)  # never chosen on test
-        mine, theirs = zip(*((ours[s], gain) for s, gain in gains[best].items() if s in ours))
-        claim = [a - 2 * b for a, b in zip(mine, theirs)]
-        lost = f"   but {best} loses: this is no gain" if statistics.mean(theirs) < 0 < statistics.mean(claim) else ""
-        low, _ = interval(theirs)
-        ratio = f"{statistics.mean(mine) / statistics.mean(theirs):.0%}" if low is not None and low > 0 else \
-            f"undefined: the interval of the gain of {best} is not above 0"
-        lines += [f"gain(c2vkd) - 2 gain({best}) = " + "   ".join(_signed(claim)) + lost,
-                  f"gain(c2vkd) / gain({best}): {ratio}"]
-    return "\n".join(lines + hints)
+    for label, count, ms, result in rows:
+        head.append([label, f"{count:,}", number(ms, ".1f"), number(result["miou"]),
+                     number(result["pixel_accuracy"])])
+    each = [["IoU of each class, %", *(label for label, *_ in rows)]]
+    for k, name in enumerate(classes):
+        each.append([name, *(number(result["iou"][k]) for *_, result in rows)])
+    notes = []
+    for label, *_, result in rows:
+        scored = sum(v is not None for v in result["iou"])
+        if scored < len(classes):
+            notes.append(f"{label}: mean over {scored} of {len(classes)} classes: "
+                         "the others are in neither labels nor predictions")
+    return "\n\n".join([columns(head), *notes, columns(each)])
 
 
 def report(folder, entries, data, base, window, device):
-    """Print the table of networks and draw comparison.png and curves.png into `folder`.
+    """Draw comparison.png and curves.png into `folder`, then print the table of networks.
 
     entries: label -> (network, its scores on val, its log.csv or None).
     """
-    folder.mkdir(parents=True, exist_ok=True)  # of a teacher that was given
-    rows, curves = [], {}
-    for label, (network, result, log) in entries.items():
-        rows.append((label, count_parameters(network), milliseconds(network, window, window, device), result))
-        if log:
-            with open(log, newline="") as f:
-                curves[label] = [(int(r["step"]), float(r["val_miou"])) for r in csv.DictReader(f) if r["val_miou"]]
+    folder.mkdir(parents=True, exist_ok=True)  # a teacher that was given has none yet
+    networks = {label: network for label, (network, _, _) in entries.items()}
+    comparison(data, "val", base, window, networks, device).save(folder / "comparison.png")
+    curves = {label: _curve(log) for label, (_, _, log) in entries.items() if log}
+    curves = {label: points for label, points in curves.items() if points}
+    if curves:
+        chart(curves, "step", "val mIoU, %").save(folder / "curves.png")
+
+    image = torch.randn(1, 3, window, window, device=device)
+    rows = [(label, count_parameters(network), milliseconds(partial(logits_of, network), image),
+             result) for label, (network, result, _) in entries.items()]
     print("\n" + table(rows, data.classes))
-    miou = {label: result["miou"] for label, (_, result, _) in entries.items()}
+    _report_gains({label: result["miou"] for label, (_, result, _) in entries.items()})
+    print(f"\nrun folder: {folder}; look at comparison.png and curves.png in it")
+
+
+def _curve(log):
+    """[(step, mIoU on val), ...] of a log.csv."""
+    with open(log, newline="") as f:
+        rows = [row for row in csv.DictReader(f) if row["val_miou"]]
+    return [(int(row["step"]), float(row["val_miou"])) for row in rows]
+
+
+def _report_gains(miou):
+    """Print each student's gain over the student alone. miou: label -> mIoU on val."""
     for label in miou:
         if label not in ("teacher", "student alone") and "student alone" in miou:
             gain = miou[label] - miou["student alone"]
@@ -432,55 +398,83 @@ def report(folder, entries, data, base, window, device):
         if label != "teacher" and miou[label] > miou.get("teacher", 100):
             print(f"WARNING: {label} has passed its teacher and can learn little more from it; "
                   "train the teacher longer")
-    networks = {label: network for label, (network, _, _) in entries.items()}
-    comparison(data, "val", base, window, networks, device).save(folder / "comparison.png")
-    if curves:
-        chart(curves, "step", "val mIoU, %").save(folder / "curves.png")
-    print(f"\nrun folder: {folder}; look at comparison.png and curves.png in it")
+
+
+PULLS_AGAINST = 0.0  # a term whose gradient has a smaller cosine with cross-entropy's is named
+SMALL_SHARE = 0.05  # unless its share of the gradient is at most this
 
 
 def report_terms(folder, weights):
-    """Print each term of the last measured step and its share of the gradient in the student's encoder."""
+    """Print the terms at each measured step of `folder`'s log.csv. weights: term -> weight.
+
+    gradient: norm of the weighted term's gradient in the student's encoder; share: of the sum of
+    these norms; cosine: of the term's gradient with that of cross-entropy.
+    """
     with open(folder / "log.csv", newline="") as f:
-        measured = [r for r in csv.DictReader(f) if any(v for k, v in r.items() if k.startswith("grad_"))]
-    if not measured:
-        return
-    row = measured[-1]
-    pull = {n: abs(w) * float(row[f"grad_{n}"]) for n, w in weights.items()}
-    lines = [[f"terms at step {row['step']}", "raw", "weight", "weighted", "gradient in the encoder", "share"]]
-    lines += [[f"  {n}", f"{float(row[f'raw_{n}']):.4g}", f"{w:g}", f"{float(row[f'weighted_{n}']):.4g}",
-               f"{pull[n]:.4g}", f"{pull[n] / (sum(pull.values()) or 1):.0%}"] for n, w in weights.items()]
-    print("\n" + columns(lines))
+        measured = [row for row in csv.DictReader(f) if any(row.get(f"grad_{n}") for n in weights)]
+    if not any(row.get(f"cos_{n}") for row in measured for n in weights):
+        measured = measured[-1:]  # logs of older versions have many rows without cosines
+    for row in measured:
+        print("\n" + _terms_at(row, weights))
 
 
-# ---------------------------------------------------------------- checkpoints
+def _terms_at(row, weights):
+    """Table of the terms at one row of log.csv, and a warning for each that pulls back."""
+    value = {name: float(text) for name, text in row.items() if text}
+    pull = {n: abs(weight) * value[f"grad_{n}"] for n, weight in weights.items()}
+    share = {n: v / (sum(pull.values()) or 1) for n, v in pull.items()}
+    cosine = {n: value.get(f"cos_{n}") for n in weights}
+    lines = [[f"terms at step {row['step']}", "raw", "weight", "weighted", "gradient", "share",
+              "cosine with cross-entropy"]]
+    for n, weight in weights.items():
+        lines.append([f"  {n}", f"{value[f'raw_{n}']:.4g}", f"{weight:g}",
+                      f"{value[f'weighted_{n}']:.4g}", f"{pull[n]:.4g}", f"{share[n]:.0%}",
+                      number(cosine[n])])
+    text = columns(lines)
+    for n, angle in cosine.items():
+        if angle is not None and angle < PULLS_AGAINST and share[n] > SMALL_SHARE:
+            text += (f"\nWARNING: {n} pulls against cross-entropy with {share[n]:.0%} of the "
+                     f"gradient (cosine {angle:.2f}); give it a smaller weight")
+    return text
+
+
+# ---------------------------------------------------------------- checkpoints and results
 
 def load_network(path, device="cpu"):
-    """The network of a checkpoint written by train.py, in eval mode, and the checkpoint's description.
+    """The network of a checkpoint written by train.py, in eval mode, and the checkpoint's dict.
 
     Raises InputError for files that are not such checkpoints or whose tensors do not fit.
     """
-    state = load_checkpoint(path, ("module", "name", "classes", "palette", "base", "window", "dataset", "step"))
+    state = load_checkpoint(path, ("module", "name", "classes", "palette", "base", "window",
+                                   "dataset", "step"))
     name, weights = state["name"], state["module"]
-    if name in VARIANTS:  # A_v and A_l, the heads, serve training alone
+    if name in VARIANTS:
         model = Student(name, len(state["classes"]))
-        weights = {k.removeprefix("student."): v for k, v in weights.items() if not k.startswith("heads.")}
+        # the heads serve training alone
+        weights = {k.removeprefix("student."): v for k, v in weights.items()
+                   if not k.startswith("heads.")}
     elif name in TEACHERS:
         model = Teacher(name, len(state["classes"]))
     else:
-        raise InputError(f"{path}: holds a network called {name!r}, which this version does not know")
-    load_strictly(model, weights, path, name, "it was written by another version or altered: train again")
-    return model.to(device).eval(), state
+        raise InputError(f"{path}: holds a network called {name!r}, "
+                         "which this version does not know")
+    load_strictly(model, weights, path, name,
+                  "it was written by another version or altered: train again")
+    layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format
+    return model.to(device, memory_format=layout).eval(), state
 
 
 def write_json(path, value):
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+# what `compare` has to know of a network beside its scores
+DESCRIPTION = ("label", "method", "seed", "conditions", "options", "classes", "step")
+
+
 def write_scores(folder, split, result, state):
-    """results-SPLIT.json, which `compare` reads: `scores` and what it has to know of their network."""
-    keys = ("label", "method", "seed", "conditions", "options", "classes", "step")
-    write_json(folder / f"results-{split}.json", result | {k: state.get(k) for k in keys})
+    """results-SPLIT.json: `scores` and the description in a checkpoint's dict."""
+    write_json(folder / f"results-{split}.json", result | {k: state.get(k) for k in DESCRIPTION})
 
 
 def read_scores(path):
@@ -488,143 +482,470 @@ def read_scores(path):
     try:
         result = json.loads(path.read_text())
         float(result["miou"])
-        return result
-    except (OSError, ValueError, TypeError, KeyError):
-        raise InputError(f"{path}: missing or not readable; run evaluate.py on the last.pt beside it") from None
+        complete = result.keys() >= {"iou", "pixel_accuracy", *DESCRIPTION} - {"options", "label"}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        complete = False
+    if not complete:
+        raise InputError(f"{path}: missing or not readable; "
+                         "run evaluate.py on the last.pt beside it")
+    return result
 
 
-# ---------------------------------------------------------------- commands
+# ---------------------------------------------------------------- comparison of runs
 
-def _evaluate_checkpoint(args, model, state):
-    data = open_dataset(args.dataset or state["dataset"], args.data or state.get("data"))
-    if data.classes != state["classes"]:
-        raise InputError(f"{args.checkpoint}: trained on {len(state['classes'])} classes that are not those of the "
-                         "data; give its own --data")
-    if not data.pairs.get(args.split):
-        raise InputError(f"the data has no {args.split} split; choose another --split")
-    matrix = evaluate(model, data, args.split, state["base"], args.window, args.device, args.stride, args.flip,
-                      args.batch_size, workers=args.workers)
-    result = scores(matrix)
-    print(table([(state["name"], count_parameters(model), None, result)], data.classes))
-    # only the standard protocol on the run's own data is compared
-    its = state.get("data")
-    own, here = (os.path.abspath(data_folder(data.name, root)) for root in (its, args.data or its))
-    standard = args.window == state["window"] and not (args.stride or args.flip)
-    if data.name == state["dataset"] and own == here and standard:
-        write_scores(Path(args.checkpoint).parent, args.split, result, state)
-    else:
-        print("not kept for --compare: other data, window, --stride or --flip than the run's own")
-    if args.pictures:
-        Path(args.pictures).mkdir(parents=True, exist_ok=True)
-        path = Path(args.pictures) / f"{args.split}.png"
-        comparison(data, args.split, state["base"], state["window"], {state["name"]: model}, args.device, 8).save(path)
-        print(f"pictures: {path}")
+def compare(folder, split, against=()):
+    """Text on all runs below `folder`, a part for each teacher.
 
-
-def _overlays(args, model, state):
-    files = []
-    for item in map(Path, args.image):
-        files += sorted(p for p in item.iterdir() if p.suffix.lower() in SUFFIXES) if item.is_dir() else [item]
-    if not files:
-        raise InputError(f"{args.image[0]}: no .jpg or .png in it")
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; give another --image")
-    if len({p.stem for p in files}) < len(files):
-        raise InputError("two --image files share their name but for folder or ending, and so their picture; "
-                         "colour them apart")
-    out = Path(args.pictures or "pictures")
-    if out.resolve() in {p.resolve().parent for p in files}:
-        raise InputError(f"{out}: holds the images themselves, which would be overwritten; give another --pictures")
-    out.mkdir(parents=True, exist_ok=True)
-    for path in progress(files, desc=f"overlays to {out}", unit="images"):
-        image = read_image(path)
-        small = torch.from_numpy(np.array(resize_short_side(image, state["base"]))).permute(2, 0, 1)
-        prediction = predict(model, small.to(args.device), image.size[::-1], args.window, args.stride, args.flip,
-                             args.batch_size).cpu()
-        overlay(image, prediction, state["classes"], state["palette"]).save(out / f"{path.stem}.png")
-    print(f"{len(files)} pictures in {out}")
+    mIoU, mean and deviation; gain over `ce`, paired by seed, and its 95% interval; for each name
+    in `against` the other methods' gains beside its own; IoU of each class.
+    Raises InputError as `read_runs` does, and for a name in `against` without a gain.
+    """
+    groups = read_runs(folder, split)
+    gains = [gains_over_ce(runs) for _, runs in groups]
+    known = sorted({name for gain in gains for name in gain})
+    for name in against:
+        if name not in known:
+            raise InputError(f"--against {name}: no gain of that name below {folder}; "
+                             f"there are {', '.join(known) or 'none'}")
+    teachers = _differences([teacher for teacher, _ in groups])
+    parts = []
+    for teacher, (_, runs), gain in zip(teachers, groups, gains):
+        results = [result for seeds in runs.values() for result in seeds.values()]
+        parts.append(f"{folder}: {split}, {results[0]['step']} steps{teacher}\n"
+                     + _overview(runs, gain))
+        parts += [_against(gain, name) for name in against if name in gain]
+        parts.append(_each_class(runs, results[0]["classes"]))
+    return "\n\n".join(parts)
 
 
-class _Bare(torch.nn.Module):
-    """Normalised image (B,3,H,W) -> logits (B,K,H,W)."""
+def read_runs(folder, split):
+    """Results of all students below `folder`, a group for each teacher.
+
+    [(the teacher's identity or None, label or method -> seed -> result), ...], with `ce` in all.
+    Raises InputError where two runs differ in a condition that both have, where runs of one name
+    differ in method or options, and where a result cannot be read.
+    """
+    alone, groups, seen = {}, {}, {}
+    for path in sorted(Path(folder).rglob(f"results-{split}.json")):
+        result = read_scores(path)
+        if result["method"] in (None, "teacher"):
+            continue
+        name = result.get("label") or result["method"]
+        teacher = json.dumps(result["conditions"].get("teacher_identity"), sort_keys=True)
+        _refuse_mixed(seen, result, name, teacher, path)
+        group = alone if result["method"] == "ce" else groups.setdefault(teacher, {})
+        seeds = group.setdefault(name, {})
+        if result["seed"] in seeds:
+            raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
+        seeds[result["seed"]] = result
+    if not seen:
+        raise InputError(f"{folder}: no results-{split}.json of a student below it; "
+                         f"run train.py, or evaluate.py --split {split}")
+    groups = groups or {"null": {}}
+    return [(json.loads(teacher), alone | runs) for teacher, runs in groups.items()]
+
+
+def _refuse_mixed(seen, result, name, teacher, path):
+    """Raises InputError where a result differs from those in `seen`: condition -> (value, path)."""
+    conditions = {key: value for key, value in result["conditions"].items()
+                  if key != "teacher_identity"}
+    conditions |= {"step": result["step"], "names of the classes": result["classes"],
+                   f"method of {name}": result["method"]}
+    # the same name may have other weights under another teacher
+    options = {(f"{key} of {name}", teacher): value
+               for key, value in (result.get("options") or {}).items()}
+    differing = [key for key, value in (conditions | options).items()
+                 if seen.setdefault(key, (value, path))[0] != value]
+    if differing:
+        names = [key[0] if isinstance(key, tuple) else key for key in differing]
+        raise InputError(f"{path}: differs from {seen[differing[0]][1]} in {', '.join(names)}; "
+                         "compare runs of the same conditions, "
+                         "and give those of other options another --name")
+
+
+def _differences(teachers):
+    """For each teacher's identity a text on what tells it from the others."""
+    known = [teacher or {} for teacher in teachers]
+    keys = dict.fromkeys(key for teacher in known for key in teacher)
+    telling = [key for key in keys if any(t.get(key) != known[0].get(key) for t in known)]
+    texts = [", ".join(f"{key} {teacher.get(key)}" for key in telling) for teacher in known]
+    return [f", teacher: {text}" if text else "" for text in texts]
+
+
+def gains_over_ce(runs):
+    """name -> seed -> points of mIoU over `ce` on the same seed. runs: name -> seed -> result."""
+    alone, gains = runs.get("ce", {}), {}
+    for name, seeds in runs.items():
+        gain = {seed: result["miou"] - alone[seed]["miou"]
+                for seed, result in seeds.items() if seed in alone}
+        if gain and name != "ce":
+            gains[name] = gain
+    return gains
+
+
+# two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+       2.145)
+
+
+def interval(values):
+    """(low, high): Student's 95% interval of the mean of two or more values."""
+    quantile = T95[min(len(values) - 2, len(T95) - 1)]
+    half = quantile * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def _signed(values):
+    """Mean and interval of a list of numbers, each as text."""
+    if not values:
+        return "-", "-"
+    if len(values) == 1:
+        return f"{values[0]:+.2f}", "(one seed)"
+    low, high = interval(values)
+    return f"{statistics.mean(values):+.2f}", f"[{low:+.2f}, {high:+.2f}]"
+
+
+def _overview(runs, gains):
+    rows = [["method", "seeds", "mIoU", "std", "gain over ce", "95% interval"]]
+    for name, seeds in runs.items():
+        values = [result["miou"] for result in seeds.values()]
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        rows.append([name, str(len(values)), number(statistics.mean(values)), number(deviation),
+                     *_signed(list(gains.get(name, {}).values()))])
+    return columns(rows)
+
+
+def _against(gains, other):
+    """Table of the gains beside that of `other`, paired by seed."""
+    rows = [[f"against {other}", "seeds", f"gain - 2 gain({other})", "95% interval",
+             f"gain - gain({other})", "95% interval"]]
+    for name, gain in gains.items():
+        seeds = [seed for seed in gain if seed in gains[other]]
+        if name != other:
+            twice = [gain[seed] - 2 * gains[other][seed] for seed in seeds]
+            once = [gain[seed] - gains[other][seed] for seed in seeds]
+            rows.append([name, str(len(seeds)), *_signed(twice), *_signed(once)])
+    return columns(rows)
+
+
+def _each_class(runs, classes):
+    rows = [["IoU of each class, %", *runs]]
+    for k, name in enumerate(classes):
+        cells = []
+        for seeds in runs.values():
+            found = [r["iou"][k] for r in seeds.values() if r["iou"][k] is not None]
+            cells.append(number(statistics.mean(found) if found else None))
+        rows.append([name, *cells])
+    return columns(rows)
+
+
+# ---------------------------------------------------------------- files of our own
+
+def refuse_foreign(path, is_ours):
+    """Raises InputError before something is written over a file that `is_ours` does not know."""
+    if path.exists() and not is_ours(path):
+        raise InputError(f"{path}: is there and was not written by this command; "
+                         "move it away or choose another name")
+
+
+def _signature(kind):
+    return f"C2VKD evaluate.py, {kind}"
+
+
+def is_our_picture(path, kind):
+    """Whether a file is a PNG that `save_picture` wrote as the same kind."""
+    with open(path, "rb") as f:
+        return _signature(kind).encode() in f.read(200)
+
+
+def save_picture(picture, path, kind):
+    """A PNG that says who wrote it, and as what."""
+    about, content = PngInfo(), io.BytesIO()
+    about.add_text("Software", _signature(kind))
+    picture.save(content, "png", pnginfo=about)
+    write_atomically(path, content.getvalue())
+
+
+# ---------------------------------------------------------------- export
+
+class Deployed(torch.nn.Module):
+    """Pictures (B,3,H,W) uint8 RGB -> logits (B,K,H,W) float32.
+
+    Normalisation is part of it, so that nothing can be fed in another scale.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, x):
-        return F.interpolate(self.model(x)[0], x.shape[2:], mode="bilinear")
+    def forward(self, images):
+        logits = self.model(normalise(images)).logits
+        return F.interpolate(logits, images.shape[2:], mode="bilinear")
 
 
-def _export(args, model, state):
-    # from 128 pixels: at 64 the last stage's 2x2 and the batch of 2 would be taken for the same unknown
-    bare, side = _Bare(model.cpu()).eval(), max(128, state["window"] // 32 * 32)
-    h, w = (32 * torch.export.Dim(n, min=2, max=128) for n in "hw")
-    program = torch.export.export(bare, (torch.randn(2, 3, side, side),),
-                                  dynamic_shapes=({0: torch.export.Dim("b", min=1, max=64), 2: h, 3: w},))
+def export_program(deployed):
+    """The torch.export program of a Deployed network, for any batch, height and width."""
+    anything = torch.export.Dim.DYNAMIC
+    # sides that leave different sizes in every stage: equal ones would be taken for one unknown
+    example = torch.zeros(2, 3, 160, 192, dtype=torch.uint8)
+    shapes = ({0: anything, 2: anything, 3: anything},)
+    return torch.export.export(deployed, (example,), dynamic_shapes=shapes)
+
+
+def write_pt2(program, classes, path):
+    """Write for torch.export.load, with classes.json in it. Returns what the file computes."""
     content = io.BytesIO()
-    torch.export.save(program, content, extra_files={"classes.json": json.dumps(state["classes"])})
-    write_atomically(args.export, content.getvalue())
-    again = torch.export.load(args.export).module()
-    x = torch.randn(1, 3, side + 32, side)
-    with torch.no_grad():
-        difference = (again(x) - bare(x)).abs().max().item()
-    print(f"{args.export}: {len(content.getvalue()) / 1e6:.1f} MB, largest difference to the original {difference:.1e}")
-    print(f"{state['name']}: {count_parameters(model):,} parameters, {milliseconds(model, *x.shape[2:], 'cpu'):.0f} ms "
-          f"for one {x.shape[2]}x{x.shape[3]} image on this CPU")
+    torch.export.save(program, content, extra_files={"classes.json": json.dumps(classes)})
+    write_atomically(path, content.getvalue())
+    return torch.export.load(path).module()
+
+
+def is_our_pt2(path):
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/classes.json") for name in archive.namelist())
+
+
+def write_onnx(program, classes, path):
+    """Write as ONNX, with the classes in its metadata. Returns what the file computes."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+    converted = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"],
+                                  output_names=["logits"])
+    converted.model.metadata_props["classes"] = json.dumps(classes)
+    write_atomically(path, converted.model_proto.SerializeToString())
+    evaluator = ReferenceEvaluator(onnx.load(path))
+    return lambda images: torch.from_numpy(evaluator.run(None, {"images": images.numpy()})[0])
+
+
+def is_our_onnx(path):
+    import onnx
+    try:
+        return any(p.key == "classes" for p in onnx.load(path).metadata_props)
+    except Exception:  # whatever protobuf makes of a file that is no ONNX
+        return False
+
+
+EXPORTS = {".pt2": (write_pt2, is_our_pt2), ".onnx": (write_onnx, is_our_onnx)}
+
+
+def export(model, classes, path):
+    """Write the network for deployment, in the format of `path`'s ending.
+
+    Returns the largest difference between what the file computes and what the network does.
+    Raises InputError for another ending, missing packages, or a file of another origin.
+    """
+    if path.suffix not in EXPORTS:
+        raise InputError(f"--export {path}: give it the ending {' or '.join(EXPORTS)}")
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if path.suffix == ".onnx" and missing:
+        raise InputError(f"--export {path}: pip install {' '.join(missing)} first")
+    write, is_ours = EXPORTS[path.suffix]
+    refuse_foreign(path, is_ours)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deployed = Deployed(model).eval()
+    exported = write(export_program(deployed), classes, path)
+    difference = 0
+    for batch, height, width in ((1, 64, 64), (2, 70, 90)):
+        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+        with torch.no_grad():
+            difference = max(difference, (exported(images) - deployed(images)).abs().max().item())
+    return difference
+
+
+# ---------------------------------------------------------------- commands
+
+def _export(args):
+    path = Path(args.export)
+    model, state = load_network(args.checkpoint)
+    difference = export(model, state["classes"], path)
+    side = state["base"]
+    ms = milliseconds(Deployed(model), torch.zeros(1, 3, side, side, dtype=torch.uint8))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, "
+          f"largest difference to the original {difference:.1e}")
+    print(f"{state['name']}: {count_parameters(model):,} parameters, "
+          f"{ms:.0f} ms for one {side}x{side} image on this CPU")
+    print(f"give it uint8 RGB pictures whose short side is near {side} pixels, as in training")
+
+
+def _protocol(args, state):
+    """How windows slide, as keyword arguments of `predict` and `evaluate`."""
+    if args.whole and (args.window or args.stride):
+        raise InputError("--whole: takes no windows; leave out --window and --stride")
+    window = None if args.whole else args.window or state["window"]
+    return dict(window=window, stride=args.stride, flip=args.flip, batch=args.batch_size or 8)
+
+
+def _label_pictures(args):
+    """Overlays or masks of pictures and folders of pictures, none of which need a label."""
+    device = _device(args.device)
+    model, state = load_network(args.checkpoint, device)
+    protocol = _protocol(args, state)
+    files = _pictures(args.image)
+    out, kind = Path(args.pictures or "pictures"), "mask" if args.masks else "overlay"
+    if out.resolve() in {path.resolve().parent for path in files}:
+        raise InputError(f"{out}: holds the pictures themselves; give another --pictures")
+    targets = {path: out / f"{path.stem}-{kind}.png" for path in files}
+    if len(set(targets.values())) < len(files):
+        raise InputError("two of the --image files have one name but for folder or ending, "
+                         "and would have one picture; give them one at a time")
+    for target in targets.values():
+        refuse_foreign(target, partial(is_our_picture, kind=kind))
+    out.mkdir(parents=True, exist_ok=True)
+    for path, target in progress(targets.items(), desc=f"{kind}s to {out}", unit="images"):
+        image = read_image(path)
+        small = np.array(resize_short_side(image, state["base"]))
+        small = torch.from_numpy(small).permute(2, 0, 1).to(device)
+        prediction = predict(model, small, image.size[::-1], **protocol).cpu()
+        if args.masks:
+            picture = Image.fromarray(prediction.numpy().astype(np.uint8))
+        else:
+            picture = overlay(image, prediction, state["classes"], state["palette"])
+        save_picture(picture, target, kind)
+    print(f"{len(files)} pictures, {files[0].name} to {files[-1].name}: their {kind}s are in {out}")
+
+
+def _pictures(items):
+    """The picture files that --image names. Says what it leaves out of folders."""
+    files = []
+    for item in map(Path, items):
+        if not item.is_dir():
+            files.append(item)
+            continue
+        inside = sorted(item.iterdir())
+        found = [p for p in inside if p.suffix.lower() in SUFFIXES]
+        others = [p.name for p in inside if p not in found]
+        if others:
+            more = " ..." if len(others) > 5 else ""
+            print(f"{item}: {len(others)} left out: {', '.join(others[:5])}{more}")
+        files += found
+    if not files:
+        raise InputError(f"{items[0]}: no picture in it; give another --image")
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give another --image")
+    return files
+
+
+def _evaluate_checkpoint(args):
+    device = _device(args.device)
+    model, state = load_network(args.checkpoint, device)
+    protocol, split = _protocol(args, state), args.split or "val"
+    workers = default_workers(device.type == "cuda") if args.workers is None else args.workers
+    data = open_dataset(args.dataset or state["dataset"], args.data or state.get("data"))
+    if data.classes != state["classes"]:
+        raise InputError(f"{args.checkpoint}: trained on {len(state['classes'])} classes that are "
+                         "not those of the data; give its own --data")
+    if not data.pairs.get(split):
+        raise InputError(f"the data has no {split} split; choose another --split")
+    picture = args.pictures and Path(args.pictures) / f"{split}-comparison.png"
+    if picture:
+        refuse_foreign(picture, partial(is_our_picture, kind="comparison"))
+        picture.parent.mkdir(parents=True, exist_ok=True)
+
+    matrix = evaluate(model, data, split, state["base"], device=device, workers=workers, **protocol)
+    result = scores(matrix.cpu())
+    kept = _is_standard(args, state, data.name, protocol)
+    if kept:
+        write_scores(Path(args.checkpoint).parent, split, result, state)
+    if picture:
+        networks = {state["name"]: model}
+        sheet = comparison(data, split, state["base"], state["window"], networks, device, images=8)
+        save_picture(sheet, picture, "comparison")
+    print(table([(state["name"], count_parameters(model), None, result)], data.classes))
+    if not kept:
+        print("not kept for --compare: other data, window, --stride or --flip than the run's own")
+    if picture:
+        print(f"pictures: {picture}")
+
+
+def _is_standard(args, state, name, protocol):
+    """Whether a score is by the run's own protocol on its own data, as `compare` assumes."""
+    trained_on, scored_on = (os.path.abspath(data_folder(name, root))
+                             for root in (state.get("data"), args.data or state.get("data")))
+    windows = protocol["window"] == state["window"] and not (args.stride or args.flip)
+    return name == state["dataset"] and trained_on == scored_on and windows
 
 
 def _compare(args):
-    out, rows = Path(args.pictures or args.compare[0]), []
-    for folder in args.compare:
-        text, more = compare(folder, args.split)
-        print(f"{text}\n")
-        rows += more
-    out.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_atomically(out / "compare.csv", text.getvalue().encode())
-    gain_chart(rows).save(out / "compare.png")
-    print(f"{out / 'compare.csv'}, {out / 'compare.png'}")
+    texts = [compare(folder, args.split or "val", args.against or ()) for folder in args.compare]
+    print("\n\n\n".join(texts))
+
+
+def _device(name):
+    """The torch.device of --device. Raises InputError for one that this machine lacks."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda" if cards else "cpu"))
+    except RuntimeError:
+        raise InputError(f"--device {name}: no name of a device; use cuda or cpu") from None
+    if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < cards):
+        raise InputError(f"--device {name}: no such device found; use --device cpu")
+    return device
+
+
+WINDOWS = {"window", "stride", "whole", "flip", "batch_size", "device"}
+# what can be done, and the options that it reads: the first one given decides
+ACTIONS = {
+    "compare": (_compare, {"against", "split"}),
+    "export": (_export, {"checkpoint"}),
+    "image": (_label_pictures, {"checkpoint", "masks", "pictures"} | WINDOWS),
+    "checkpoint": (_evaluate_checkpoint,
+                   {"dataset", "data", "split", "pictures", "workers"} | WINDOWS),
+}
+
+
+def _choose(args):
+    """The function that does what the options ask for.
+
+    Raises InputError for options that it would ignore.
+    """
+    given = [name for name, value in vars(args).items() if value not in (None, False)]
+    action = next((name for name in ACTIONS if name in given), None)
+    if action is None or action != "compare" and "checkpoint" not in given:
+        raise InputError("--checkpoint FILE or --compare DIR is needed")
+    function, reads = ACTIONS[action]
+    for name in given:
+        if name != action and name not in reads:
+            places = [f"--{other}" for other, (_, options) in ACTIONS.items() if name in options]
+            remedy = f"it goes with {' or '.join(places)}" if places else "run them one by one"
+            raise InputError(f"--{name.replace('_', '-')}: has no effect with --{action}; {remedy}")
+    return function
 
 
 def main():
-    gpu = torch.cuda.is_available()
     parser = Parser(description="Evaluate, apply, export or compare trained networks.")
-    what = parser.add_argument_group("what to do")
-    what.add_argument("--checkpoint", metavar="FILE", help="a last.pt: print its mIoU")
-    what.add_argument("--image", nargs="+", metavar="PATH", help="pictures or folders to colour instead")
-    what.add_argument("--export", metavar="FILE", help="write the bare network through torch.export instead")
-    what.add_argument("--compare", nargs="+", metavar="DIR", help="gains of the runs below each (no checkpoint needed)")
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATASETS, help="default: the checkpoint's")
-    data.add_argument("--data", metavar="DIR", help="its folder; default: the checkpoint's")
-    data.add_argument("--split", default="val", choices=("train", "val", "test"), help="images to score (default val)")
-    how = parser.add_argument_group("how")
-    how.add_argument("--window", type=at_least(32), metavar="PIXELS",
-                     help="side of the sliding window; default: the training crop")
-    how.add_argument("--stride", type=at_least(1), metavar="PIXELS", help="its step; default: 2/3 of the window")
-    how.add_argument("--whole", action="store_true", help="whole images instead of windows")
-    how.add_argument("--flip", action="store_true", help="average with the mirror image")
-    how.add_argument("--batch-size", type=at_least(1), default=8, metavar="N", help="windows at a time (default 8)")
-    how.add_argument("--workers", type=at_least(0), default=8 if gpu else 0, metavar="N",
-                     help="processes that decode images (default 8 with a GPU, else 0)")
-    how.add_argument("--pictures", metavar="DIR", help="where pictures go")
-    how.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu (default: cuda if there is one)")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--checkpoint", metavar="FILE", help="a last.pt: print its mIoU")
+    add("--image", nargs="+", metavar="PATH", help="pictures or folders to colour instead")
+    add("--masks", action="store_true", help="masks of class indices instead of overlays")
+    add("--export", metavar="FILE",
+        help="write the bare network instead: .pt2 (torch.export) or .onnx")
+    add("--compare", nargs="+", metavar="DIR",
+        help="gains of the runs below each (no checkpoint needed)")
+    add("--against", nargs="+", metavar="NAME", help="the gains beside those of these runs, too")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, help="default: the checkpoint's")
+    add("--data", metavar="DIR", help="its folder; default: the checkpoint's")
+    add("--split", choices=("train", "val", "test"), help="images to score (default val)")
+    add = parser.add_argument_group("how").add_argument
+    add("--window", type=at_least(32), metavar="PIXELS",
+        help="side of the sliding window; default: the training crop")
+    add("--stride", type=at_least(1), metavar="PIXELS",
+        help="its step; default: 2/3 of the window")
+    add("--whole", action="store_true", help="whole images instead of windows")
+    add("--flip", action="store_true", help="average with the mirror image")
+    add("--batch-size", type=at_least(1), metavar="N", help="windows at a time (default 8)")
+    add("--workers", type=at_least(0), metavar="N", help="processes that decode images "
+        "(default: the cores, at most 16, with a GPU, else 0)")
+    add("--pictures", metavar="DIR", help="where pictures go")
+    add("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
-    if args.compare:
-        return _compare(args)
-    if not args.checkpoint:
-        parser.error("--checkpoint FILE or --compare DIR is needed")
-    if args.device != "cpu" and not gpu:
-        raise InputError(f"--device {args.device}: no such device found; use --device cpu")
-    model, state = load_network(args.checkpoint, args.device)
-    args.window = None if args.whole else args.window or state["window"]
-    act = _export if args.export else _overlays if args.image else _evaluate_checkpoint
-    act(args, model, state)
+    # On Hopper cards torch prefers cuDNN's attention. It plans anew for every shape, 0.4 s each,
+    # and has been reported to give NaN for a single query.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    _choose(args)(args)
 
 
 if __name__ == "__main__":
