@@ -1,6 +1,8 @@
 """Scores, sliding windows, pictures, checkpoints, export and the comparison of runs."""
 import csv
+import importlib.util
 import json
+import os
 import random
 import re
 import sys
@@ -16,14 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate as module
 from data import IGNORE, EvalImages, InputError, normalise, open_dataset
-from evaluate import (chart, class_map, columns, commonest, compare, comparison, confusion_matrix, evaluate, gain_chart,
-                      load_network, milliseconds, overlay, paint, predict, scores, table)
+from evaluate import (chart, class_map, colours_of, columns, commonest, compare, comparison,
+                      confusion_matrix, evaluate, load_network, overlay, paint, predict, report,
+                      report_terms, scores, table)
+from losses import Outputs
 from student import Student
 from teacher import Teacher
 
 CLASSES = ["sky", "tall grass", "cat"]
 PALETTE = [[0, 0, 250], [0, 250, 0], [250, 0, 0]]
 SIZES = [(40, 56), (64, 33), (90, 120)]  # height, width
+
+
+def logits_only(logits):
+    return Outputs(logits, None, None)
 
 
 class Pointwise(nn.Module):
@@ -35,19 +43,21 @@ class Pointwise(nn.Module):
         self.eval()
 
     def forward(self, x):
-        return self.conv(x), None, None
+        return logits_only(self.conv(x))
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A data set in the layout of `folder`, with pictures of different sizes."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    (root / "classes.txt").write_text("".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(CLASSES, PALETTE)))
+    lines = [f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(CLASSES, PALETTE)]
+    (root / "classes.txt").write_text("".join(lines))
     for split in ("train", "val"):
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True)
         for i, (h, w) in enumerate(SIZES):
-            Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)).save(root / "images" / split / f"{i}.png")
+            image = Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8))
+            image.save(root / "images" / split / f"{i}.png")
             label = rng.choice(np.array([0, 1, 2, IGNORE], np.uint8), (h, w))
             Image.fromarray(label).save(root / "labels" / split / f"{i}.png")
     return root
@@ -64,24 +74,31 @@ def checkpoint(root, tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "run" / "last.pt"
     path.parent.mkdir()
-    module = nn.ModuleDict({"student": Student("mit_nano", 3), "heads": nn.ModuleDict({"A_v": nn.Conv2d(256, 8, 1)})})
-    torch.save({"module": module.state_dict(), "name": "mit_nano", "dataset": "folder", "data": str(root),
-                "classes": CLASSES, "palette": PALETTE, "base": 48, "window": 32, "step": 7, "label": "mine",
-                "method": "ce", "seed": 1, "conditions": {"steps": 7}}, path)
+    heads = nn.ModuleDict({"A_v": nn.Conv2d(256, 8, 1)})
+    trained = nn.ModuleDict({"student": Student("mit_nano", 3), "heads": heads})
+    torch.save({"module": trained.state_dict(), "name": "mit_nano", "dataset": "folder",
+                "data": str(root), "classes": CLASSES, "palette": PALETTE, "base": 48,
+                "window": 32, "step": 7, "label": "mine", "method": "ce", "seed": 1,
+                "conditions": {"steps": 7}}, path)
     return path
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *map(str, arguments)])
-    module.main()
+@pytest.fixture
+def run(monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        module.main()
+    return run
 
 
 # ---------------------------------------------------------------- scores
 
 def test_confusion_matrix_is_a_count_over_the_labelled_pixels():
     torch.manual_seed(0)
-    for classes in (2, 5, 19):
-        prediction, label = torch.randint(classes, (17, 23)), torch.randint(classes, (17, 23), dtype=torch.uint8)
+    for classes in (2, 19):
+        prediction = torch.randint(classes, (17, 23))
+        label = torch.randint(classes, (17, 23), dtype=torch.uint8)
         label[torch.rand(17, 23) < 0.2] = IGNORE
         count = [[0] * classes for _ in range(classes)]
         for p, y in zip(prediction.flatten().tolist(), label.flatten().tolist()):
@@ -92,22 +109,21 @@ def test_confusion_matrix_is_a_count_over_the_labelled_pixels():
 
 def test_scores_of_a_small_case_by_hand():
     # rows: labels. Class 2 is never found, class 3 only imagined, class 4 nowhere.
-    matrix = torch.tensor([[3, 1, 0, 0, 0], [0, 2, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    matrix = torch.tensor([[3, 1, 0, 0, 0], [0, 2, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5, [0] * 5])
     found = scores(matrix)
     assert found["iou"] == pytest.approx([75, 40, 0, 0, None])
     assert found["miou"] == pytest.approx((75 + 40 + 0 + 0) / 4)
-    assert found["pixel_accuracy"] == pytest.approx(100 * 5 / 8)
-
-
-def test_scores_of_nothing_are_zero():
-    assert scores(torch.zeros(2, 2, dtype=torch.int64)) == {"miou": 0, "iou": [None, None], "pixel_accuracy": 0}
+    assert found["pixel_accuracy"] == pytest.approx(100 * 5 / 8) and found["classes_scored"] == 4
+    nothing = scores(torch.zeros(2, 2, dtype=torch.int64))
+    assert nothing == {"miou": 0, "iou": [None, None], "pixel_accuracy": 0, "classes_scored": 0}
 
 
 def test_commonest_is_the_score_of_one_answer_for_everything():
     torch.manual_seed(0)
     label = torch.randint(4, (40, 40)).clamp(min=1)  # classes 1, 2 and 3; half of the pixels are 1
     matrix = confusion_matrix(torch.randint(5, (40, 40)), label, 5)
-    assert commonest(matrix) == scores(confusion_matrix(torch.ones_like(label), label, 5))["miou"]
+    one_answer = confusion_matrix(torch.ones_like(label), label, 5)
+    assert commonest(matrix) == scores(one_answer)["miou"]
     assert commonest(torch.tensor([[6, 0], [1, 1]])) == pytest.approx((75 + 0) / 2)
     assert commonest(torch.zeros(2, 2, dtype=torch.int64)) == 0
 
@@ -117,7 +133,8 @@ def test_commonest_is_the_score_of_one_answer_for_everything():
 @pytest.fixture
 def logits(monkeypatch):
     """Instead of a class map, `predict` returns the logits (K,H,W) that it would take it from."""
-    monkeypatch.setattr(module, "class_map", lambda z, size: F.interpolate(z[None], size, mode="bilinear")[0])
+    monkeypatch.setattr(module, "class_map",
+                        lambda z, size: F.interpolate(z[None], size, mode="bilinear")[0])
 
 
 def test_windows_of_a_pointwise_network_give_the_whole_image(logits):
@@ -126,11 +143,12 @@ def test_windows_of_a_pointwise_network_give_the_whole_image(logits):
         h, w, window = rng.randint(5, 90), rng.randint(5, 90), rng.randint(32, 64)
         image = torch.randint(256, (3, h, w), dtype=torch.uint8)
         size, flip = (rng.randint(5, 100), rng.randint(5, 100)), rng.random() < 0.5
-        whole = F.interpolate(model(normalise(image[None]))[0], size, mode="bilinear", align_corners=False)[0]
+        whole = F.interpolate(model(normalise(image[None])).logits, size, mode="bilinear")[0]
         for stride in (None, rng.randint(1 + window // 4, window), 2 * window):
             found = predict(model, image, size, window, stride, flip, batch=rng.randint(1, 9))
             torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(predict(model, image, size, flip=flip), whole, atol=1e-5, rtol=1e-5)
+        found = predict(model, image, size, flip=flip)
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
 
 
 class Count(nn.Module):
@@ -139,12 +157,14 @@ class Count(nn.Module):
 
     def forward(self, x):
         self.seen += 1
-        return torch.full((1, 1, *x.shape[2:]), float(self.seen)), None
+        return logits_only(torch.full((1, 1, *x.shape[2:]), float(self.seen)))
 
 
 def test_overlapping_windows_are_averaged(logits):
-    found = predict(Count(), torch.zeros(3, 32, 48, dtype=torch.uint8), (32, 48), window=32, stride=20, batch=1)
-    assert found[0, 0].tolist() == [0] * 16 + [0.5] * 16 + [1] * 16  # 16: the second window lies flush with the end
+    image = torch.zeros(3, 32, 48, dtype=torch.uint8)
+    found = predict(Count(), image, (32, 48), window=32, stride=20, batch=1)
+    # the second window lies flush with the end, at 16
+    assert found[0, 0].tolist() == [0] * 16 + [0.5] * 16 + [1] * 16
 
 
 def test_windows_overlap_by_a_third_unless_a_stride_is_given():
@@ -159,22 +179,22 @@ def test_flip_averages_with_the_mirror_image(logits):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 2, 3, padding=1)
     image = torch.randint(256, (3, 40, 48), dtype=torch.uint8)
-    found = predict(lambda x: (conv(x),), image, (40, 48), flip=True)
+    found = predict(lambda x: logits_only(conv(x)), image, (40, 48), flip=True)
     x = normalise(image[None])
     torch.testing.assert_close(found, ((conv(x) + conv(x.flip(3)).flip(3)) / 2)[0])
     assert not torch.allclose(found, conv(x)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("size", [(30, 141), (113, 43), (120, 160)])
+@pytest.mark.parametrize("size", [(30, 141), (113, 43), (900, 1000)])
 def test_class_map_is_argmax_and_ties_go_to_the_lower_class(size):
     torch.manual_seed(0)
-    many = torch.randn(13, 12, 16)
-    few = torch.randint(3, (13, 12, 16)).float()  # ties nearly everywhere
+    many = torch.randn(37, 12, 16)
+    few = torch.randint(3, (37, 12, 16)).float()  # ties nearly everywhere
     few[:, :3] = 0
     for logits in (many, few, few[:1]):
         found = class_map(logits, size)
-        wanted = torch.cat([F.interpolate(z[None, None], size, mode="bilinear")[0] for z in logits]).argmax(0)
-        assert found.dtype == torch.int64 and torch.equal(found, wanted)
+        planes = [F.interpolate(z[None, None], size, mode="bilinear")[0] for z in logits]
+        assert found.dtype == torch.int64 and torch.equal(found, torch.cat(planes).argmax(0))
 
 
 class Largest(TorchDispatchMode):
@@ -192,7 +212,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("window, flip", [(512, False), (512, True), (None, False)])
 def test_a_large_picture_of_many_classes_needs_little_memory(window, flip):
     def model(x):  # on the device "meta" shapes are all there is, so this costs nothing
-        return (x.new_zeros(len(x), 150, x.shape[2] // 4, x.shape[3] // 4),)
+        return logits_only(x.new_zeros(len(x), 150, x.shape[2] // 4, x.shape[3] // 4))
     with Largest() as largest:
         image = torch.zeros(3, 512, 683, dtype=torch.uint8, device="meta")
         found = predict(model, image, (3000, 4000), window, flip=flip)
@@ -203,44 +223,43 @@ def test_a_large_picture_of_many_classes_needs_little_memory(window, flip):
 
 def test_small_images_are_padded_with_the_mean_colour():
     seen = []
-    predict(lambda x: (seen.append(x) or x,), torch.full((3, 8, 10), 255, dtype=torch.uint8), (8, 10), window=32)
-    assert seen[0].shape == (1, 3, 32, 32)
-    assert (seen[0][:, :, 8:] == 0).all() and (seen[0][:, :, :, 10:] == 0).all() and (seen[0][:, :, :8, :10] > 1).all()
+    image = torch.full((3, 8, 10), 255, dtype=torch.uint8)
+    predict(lambda x: seen.append(x) or logits_only(x), image, (8, 10), window=32)
+    assert seen[0].shape == (1, 3, 32, 32) and (seen[0][:, :, :8, :10] > 1).all()
+    assert (seen[0][:, :, 8:] == 0).all() and (seen[0][:, :, :, 10:] == 0).all()
 
 
-def test_evaluate_counts_every_labelled_pixel_once_for_any_batch_size(data):
+def test_evaluate_counts_every_labelled_pixel_once(data, monkeypatch):
+    """Whatever the batch, the loader processes and the training processes."""
     torch.manual_seed(0)
-    model = Pointwise()
-    first, *others = (evaluate(model, data, "val", 64, 32, "cpu", batch=n) for n in (1, 2, 5, 100))
-    assert all(torch.equal(first, m) for m in others)
-    labelled = sum((data.read("val", i)[1] != IGNORE).sum() for i in range(3))
-    assert first.sum() == labelled
+    model, state = Pointwise(), torch.get_rng_state()
+    judge = lambda **options: evaluate(model, data, "val", 64, 32, "cpu", **options)
     expected = sum(confusion_matrix(predict(model, image, label.shape, 32, 21), label, 3)
                    for image, label in (EvalImages(data, "val", 64)[i] for i in range(3)))
-    assert torch.equal(first, expected)
+    for options in (dict(batch=1), dict(batch=5), dict(workers=1)):
+        assert torch.equal(judge(**options), expected)
+    assert torch.equal(torch.get_rng_state(), state)  # training goes on with the same numbers
+    labelled = [(data.read("val", i)[1] != IGNORE).sum() for i in range(3)]
+    assert expected.sum() == sum(labelled) and judge(images=1).sum() == labelled[0]
 
-
-def test_loader_processes_and_the_state_of_random_numbers_play_no_part(data):
-    torch.manual_seed(0)
-    model, before = Pointwise(), torch.get_rng_state()
-    alone, helped = (evaluate(model, data, "val", 64, 32, "cpu", workers=n) for n in (0, 1))
-    assert torch.equal(alone, helped) and torch.equal(before, torch.get_rng_state())
-
-
-def test_several_processes_take_every_image_once(data, monkeypatch):
-    model, whole = Pointwise(), 0
-    alone = evaluate(model, data, "val", 64, 32, "cpu")
     for name, value in dict(is_initialized=True, get_world_size=2, all_reduce=None).items():
         monkeypatch.setattr(module.dist, name, lambda *_, value=value: value)
+    parts = []
     for rank in (0, 1):
         monkeypatch.setattr(module.dist, "get_rank", lambda rank=rank: rank)
-        whole += evaluate(model, data, "val", 64, 32, "cpu")
-    assert torch.equal(whole, alone)
+        parts.append(judge())
+    assert torch.equal(sum(parts), expected)
 
 
-def test_evaluate_takes_the_first_images_only_if_asked(data):
-    labelled = (data.read("val", 0)[1] != IGNORE).sum()
-    assert evaluate(Pointwise(), data, "val", 64, 32, "cpu", images=1).sum() == labelled
+def test_a_network_in_training_mode_is_not_evaluated(data):
+    with pytest.raises(AssertionError, match="eval"):
+        evaluate(Pointwise().train(), data, "val", 48, 32, "cpu")
+
+
+def test_each_gpu_has_its_share_of_the_cores_and_a_cpu_no_loader(monkeypatch):
+    for cores, gpus, expected in ((2, 1, 2), (64, 1, 16), (64, 8, 8), (1, 2, 0), (64, 0, 0)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+        assert module.default_workers(gpus) == expected
 
 
 # ---------------------------------------------------------------- pictures
@@ -253,79 +272,126 @@ def test_overlay_keeps_the_size_and_puts_a_legend_below():
     blue, red, box = (picture.getpixel(at) for at in ((10, 10), (240, 10), (6, 50 + 12)))
     assert blue == (0, 0, 175) and red == (175, 0, 0) and box == tuple(PALETTE[0])
     prediction[:, 100] = 1
-    assert overlay(Image.new("RGB", (250, 50)), prediction, CLASSES, PALETTE).size == (250, 50 + 2 * 24)
+    picture = overlay(Image.new("RGB", (250, 50)), prediction, CLASSES, PALETTE)
+    assert picture.size == (250, 50 + 2 * 24)
 
 
 def test_paint_gives_each_class_its_colour_and_ignored_pixels_white():
     label = torch.tensor([[0, 1], [2, IGNORE]], dtype=torch.uint8)
-    assert np.array(paint(label, PALETTE)).tolist() == [[PALETTE[0], PALETTE[1]], [PALETTE[2], [255] * 3]]
+    expected = [[PALETTE[0], PALETTE[1]], [PALETTE[2], [255] * 3]]
+    assert np.array(paint(label, PALETTE)).tolist() == expected
 
 
 def test_comparison_has_a_row_an_image_and_a_column_a_network(data):
     models = {"teacher": Pointwise().train(), "nobody": None, "student": Pointwise()}
     sheet = comparison(data, "val", 32, 32, models, "cpu", images=2)
-    first, second = (round(256 * h / w) + 6 for h, w in ((32, 45), (62, 32)))  # SIZES, the short side at 32
-    assert sheet.width == 4 * (256 + 6) and sheet.height == 32 + first + second + 2 * (sheet.width // 60)
+    # SIZES, the short side at 32
+    first, second = (round(256 * h / w) + 6 for h, w in ((32, 45), (62, 32)))
+    assert sheet.width == 4 * (256 + 6)
+    assert sheet.height == 32 + first + second + 2 * (sheet.width // 60)
     assert models["teacher"].training
-    label = paint(data_label(data, 0), data.palette)
+    label = paint(torch.from_numpy(data.read("val", 0)[1]), data.palette)
     for row, column in ((3, 5), (20, 30), (39, 55)):
-        at = (262 + 3 + int((column + 0.5) * 256 / 56), 32 + 3 + int((row + 0.5) * (first - 6) / 40))
-        assert sheet.getpixel(at) == label.getpixel((column, row))
+        x = 262 + 3 + int((column + 0.5) * 256 / 56)
+        y = 32 + 3 + int((row + 0.5) * (first - 6) / 40)
+        assert sheet.getpixel((x, y)) == label.getpixel((column, row))
 
 
-def data_label(data, index):
-    return torch.from_numpy(data.read("val", index)[1])
+def test_a_method_has_one_colour_in_all_figures_and_no_two_curves_share_one():
+    assert colours_of(["student alone", "student c2vkd"]) == colours_of(["ce", "c2vkd"])
+    assert colours_of(["x", "c2vkd"])[1] == colours_of(["c2vkd"])[0]
+    many = colours_of(["teacher", "ce", "c2vkd", "fitnet", "dist", "kd", "dkd", "mine", "yours"])
+    assert len(set(many)) == len(many)
 
 
-def colours_in(picture):
-    return {colour for _, colour in picture.getcolors(100_000)}
-
-
-def test_chart_draws_every_curve_in_a_colour_of_its_own():
-    curves = {"teacher": [(0, 10), (400, 60)], "alone": [(100, 30), (400, 45)], "one point": [(200, 20)]}
+def test_chart_draws_every_curve_in_its_colour():
+    curves = {"teacher": [(0, 10), (400, 60)], "mine": [(100, 30), (400, 45)], "ce": [(200, 20)]}
     picture = chart(curves, "step", "val mIoU")
-    colours = [tuple(bytes.fromhex(c[1:])) for c in module.COLOURS[:4]]
     assert picture.size == (800, 480) and picture.getpixel((2, 2)) == (255, 255, 255)
-    assert [c in colours_in(picture) for c in colours] == [True, True, True, False]
     # axes 0..400 and 0..60 between the pixels 60..770 and 420..70
-    assert picture.getpixel((60, 362)) == picture.getpixel((768, 72)) == colours[0]
-    assert picture.getpixel((60 + 355, 420 - 117)) == colours[2]
+    teacher, mine, alone = (module.ImageDraw.ImageColor.getrgb(c) for c in colours_of(curves))
+    assert picture.getpixel((60, 362)) == picture.getpixel((768, 72)) == teacher
+    assert picture.getpixel((60 + 355, 420 - 117)) == alone
+    assert mine in {colour for _, colour in picture.getcolors(100_000)}
 
 
-@pytest.mark.parametrize("low, high, expected", [(0, 400, [0, 100, 200, 300, 400]), (12.5, 61, [0, 20, 40, 60, 80]),
-                                                 (-0.3, 0.4, [-0.4, -0.2, 0, 0.2, 0.4]), (5, 5, [5, 5.5, 6])])
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 400, [0, 100, 200, 300, 400]), (12.5, 61, [0, 20, 40, 60, 80]),
+    (-0.3, 0.4, [-0.4, -0.2, 0, 0.2, 0.4]), (5, 5, [5, 5.5, 6])])
 def test_ticks_are_round_and_enclose_the_values(low, high, expected):
     assert module._ticks(low, high) == pytest.approx(expected)
-
-
-def test_gain_chart_has_a_line_for_each_method_and_group():
-    row = {"group": "runs", "split": "val", "steps": 400, "gain": 2.0, "low": 1.0, "high": 3.0}
-    rows = [row | {"method": "c2vkd"}, row | {"method": "kd", "gain": -1, "low": None, "high": None},
-            row | {"method": "ce", "gain": None}]
-    one, two = gain_chart(rows), gain_chart(rows + [r | {"group": "more"} for r in rows])
-    assert one.size == (800, 60 + 40 + 2 * 30) and two.size == (800, 60 + 2 * (40 + 2 * 30))
-    assert gain_chart(rows[2:]).width == 800  # no gain to show
-    # the scale goes from -1 to 3 between the pixels 170 and 700; the lines lie at 60 and 90
-    zero, two, three = (170 + 530 * (v + 1) // 4 for v in (0, 2, 3))
-    ours, theirs = (tuple(bytes.fromhex(module.COLOURS[i][1:])) for i in (1, 0))
-    assert one.getpixel((two - 4, 54)) == ours and one.getpixel((two + 4, 54)) == (255, 255, 255)  # the bar
-    assert [one.getpixel((x, 60)) for x in (two, three - 2, three + 4)] == [(0, 0, 0)] * 2 + [(255, 255, 255)]
-    assert [one.getpixel((x, 90)) for x in (172, zero - 4, zero + 4)] == [theirs] * 2 + [(255, 255, 255)]
 
 
 # ---------------------------------------------------------------- tables
 
 def test_columns_align_the_first_to_the_left_and_the_others_to_the_right():
-    assert columns([["name", "a", "long"], ["x", "1.00", "2"]]) == "name     a  long\nx     1.00     2"
+    text = columns([["name", "a", "long"], ["x", "1.00", "2"]])
+    assert text == "name     a  long\nx     1.00     2"
 
 
-def test_table_of_networks():
-    good, bad = ({"miou": m, "iou": [m, None], "pixel_accuracy": 90.0} for m in (50.0, 7.0))
-    text = table([("teacher", 1234567, 12.34, good), ("student", 89, None, bad)], ["sky", "tall grass"]).splitlines()
-    assert text[0].split() == ["parameters", "ms", "an", "image", "mIoU", "pixel", "acc."]
-    assert text[1].split() == ["teacher", "1,234,567", "12.3", "50.00", "90.00"]
-    assert text[2].split() == ["student", "89", "-", "7.00", "90.00"]
-    assert [row.split() for row in text[5:]] == [["sky", "50.00", "7.00"], ["tall", "grass", "-", "-"]]
+def test_table_of_networks_says_where_the_mean_leaves_classes_out():
+    whole = {"miou": 50.0, "iou": [60.0, 40.0], "pixel_accuracy": 90.0}
+    part = {"miou": 7.0, "iou": [7.0, None], "pixel_accuracy": 90.0}
+    rows = [("teacher", 1234567, 12.34, whole), ("student", 89, None, part)]
+    lines = [line.split() for line in table(rows, ["sky", "tall grass"]).splitlines()]
+    assert lines[1] == ["teacher", "1,234,567", "12.3", "50.00", "90.00"]
+    assert lines[2] == ["student", "89", "-", "7.00", "90.00"]
+    assert lines[4][:8] == "student: mean over 1 of 2 classes: the".split()
+    assert lines[-2:] == [["sky", "60.00", "7.00"], ["tall", "grass", "40.00", "-"]]
+    assert "mean over" not in table(rows[:1], ["sky", "tall grass"])
+
+
+def test_report_keeps_its_pictures_where_printing_fails(data, tmp_path, monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr("builtins.print", broken)
+    (tmp_path / "log.csv").write_text("step,val_miou\n1,\n2,30\n")
+    result = {"miou": 50.0, "iou": [50.0] * 3, "pixel_accuracy": 90.0}
+    entries = {"student alone": (Pointwise(), result, tmp_path / "log.csv")}
+    with pytest.raises(BrokenPipeError):
+        report(tmp_path / "run", entries, data, 32, 32, "cpu")
+    for name in ("comparison.png", "curves.png"):
+        assert Image.open(tmp_path / "run" / name).width > 0
+
+
+def write_log(folder, cosines):
+    """log.csv with terms measured at steps 40 and 400. cosines: of pdd and gb, or None."""
+    rows = [{"step": step, "raw_pdd": 2, "weighted_pdd": 2, "grad_pdd": 3, "raw_gb": 0.5,
+             "weighted_gb": 5, "grad_gb": 0.1} for step in (40, 400)]
+    for row in rows:
+        row |= dict(zip(("cos_pdd", "cos_gb"), cosines or ()))
+    rows.insert(1, {"step": 60, "raw_pdd": 2, "weighted_pdd": 2})
+    with open(folder / "log.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_terms_are_printed_with_share_and_cosine_at_each_measured_step(tmp_path, capsys):
+    write_log(tmp_path, (0.9, 0.25))
+    report_terms(tmp_path, {"pdd": 1.0, "gb": 10.0})
+    text = capsys.readouterr().out
+    assert "terms at step 40 " in text and "terms at step 400 " in text and "step 60" not in text
+    assert line(text, "  pdd") == ["pdd", "2", "1", "2", "3", "75%", "0.90"]
+    assert line(text, "  gb") == ["gb", "0.5", "10", "5", "1", "25%", "0.25"]
+    assert "WARNING" not in text
+
+
+def test_a_term_that_pulls_against_cross_entropy_is_named_unless_it_is_small(tmp_path, capsys):
+    write_log(tmp_path, (0.9, -0.25))
+    for weight, warned in ((10.0, True), (0.1, False)):
+        report_terms(tmp_path, {"pdd": 1.0, "gb": weight})
+        assert ("WARNING: gb pulls against" in capsys.readouterr().out) == warned
+
+
+def test_logs_without_cosines_or_measurements_are_read(tmp_path, capsys):
+    write_log(tmp_path, None)
+    report_terms(tmp_path, {"pdd": 1.0, "gb": 10.0})
+    text = capsys.readouterr().out
+    assert line(text, "  gb")[-2:] == ["25%", "-"] and "step 40 " not in text
+    (tmp_path / "log.csv").write_text("step,raw_ce\n1,2\n")
+    report_terms(tmp_path, {"ce": 1.0})
+    assert capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -333,12 +399,10 @@ def test_table_of_networks():
 def test_network_of_a_checkpoint_comes_back_in_eval_mode(checkpoint):
     model, state = load_network(checkpoint)
     assert isinstance(model, Student) and not model.training and state["step"] == 7
-    assert all(torch.equal(v, state["module"][f"student.{k}"]) for k, v in model.state_dict().items())
-
-
-def test_teachers_are_loaded_alike(checkpoint):
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state["module"][f"student.{name}"])
     weights = Teacher("deeplabv3_resnet10", 3).state_dict()
-    torch.save(torch.load(checkpoint) | {"name": "deeplabv3_resnet10", "module": weights}, checkpoint)
+    torch.save(state | {"name": "deeplabv3_resnet10", "module": weights}, checkpoint)
     assert isinstance(load_network(checkpoint)[0], Teacher)
 
 
@@ -361,145 +425,215 @@ def test_only_the_heads_may_be_left_aside(checkpoint):
         load_network(checkpoint)
 
 
-def test_file_that_is_no_checkpoint_is_refused(tmp_path):
-    (tmp_path / "last.pt").write_text("text")
-    with pytest.raises(InputError, match="last.pt: not a readable checkpoint"):
-        load_network(tmp_path / "last.pt")
-    with pytest.raises(InputError, match="absent.pt: no such file"):
-        load_network(tmp_path / "absent.pt")
+# ---------------------------------------------------------------- export
 
-
-def test_exported_network_is_the_same_function_for_other_batches_and_sizes(checkpoint, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, "--checkpoint", checkpoint, "--export", tmp_path / "student.pt2")
-    printed = float(re.search(r"largest difference to the original (\S+)", capsys.readouterr().out)[1])
+def check_exported(function, checkpoint, tolerance):
+    """An exported network takes raw pictures of any number and size."""
     model, _ = load_network(checkpoint)
+    for batch in (1, 2):
+        for height, width in ((33, 47), (64, 64), (100, 130), (256, 320)):
+            images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+            with torch.no_grad():
+                logits = model(normalise(images)).logits
+                expected = F.interpolate(logits, (height, width), mode="bilinear")
+                found = function(images)
+            assert found.dtype == torch.float32 and found.shape == expected.shape
+            assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_exported_network_is_the_same_function(checkpoint, tmp_path, run, capsys):
+    path = tmp_path / "new" / "student.pt2"
+    run("--checkpoint", checkpoint, "--export", path)
+    text = capsys.readouterr().out
+    assert float(re.search(r"largest difference to the original (\S+)", text)[1]) < 1e-4
+    assert f"{path.stat().st_size / 1e6:.1f} MB" in text and " ms for one 48x48 image" in text
     extra = {"classes.json": ""}
-    exported = torch.export.load(tmp_path / "student.pt2", extra_files=extra).module()
+    exported = torch.export.load(path, extra_files=extra).module()
     assert json.loads(extra["classes.json"]) == CLASSES
-    for shape in ((1, 3, 64, 128), (3, 3, 96, 64)):
-        x = torch.randn(shape)
-        with torch.no_grad():
-            expected = F.interpolate(model(x)[0], shape[2:], mode="bilinear", align_corners=False)
-            assert (exported(x) - expected).abs().max() < 1e-4 and printed < 1e-4
+    check_exported(exported, checkpoint, 1e-6)
+    with pytest.raises(RuntimeError, match="dtype"):  # pictures in another scale are refused
+        exported(torch.rand(1, 3, 64, 64))
+    assert module.is_our_pt2(path)  # so that the same command may write it again
 
 
-def test_milliseconds_time_passes_of_one_image():
-    shapes = []
-    assert milliseconds(lambda x: shapes.append(x.shape), 32, 48, "cpu") > 0
-    assert shapes == 20 * [(1, 3, 32, 48)]
+@pytest.mark.parametrize("name, named", [
+    ("last.pt", "give it the ending .pt2 or .onnx"), ("archive.pt2", "was not written by this"),
+    ("text.pt2", "was not written by this"), ("student.onnx", "pip install onnx onnxscript")])
+def test_export_writes_over_nothing_of_another_origin(checkpoint, run, monkeypatch, name, named):
+    path = checkpoint.with_name(name)
+    torch.save({}, checkpoint.with_name("archive.pt2"))
+    checkpoint.with_name("text.pt2").write_text("precious")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    before = {p: p.read_bytes() for p in path.parent.iterdir()}
+    with pytest.raises(InputError, match=f"{name}: .*{named}"):
+        run("--checkpoint", checkpoint, "--export", path)
+    assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_exported_onnx_is_the_same_function(checkpoint, tmp_path, run):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "student.onnx"
+    run("--checkpoint", checkpoint, "--export", path)
+    content = onnx.load(path)
+    assert [json.loads(p.value) for p in content.metadata_props if p.key == "classes"] == [CLASSES]
+    assert module.is_our_onnx(path) and not module.is_our_onnx(checkpoint)
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    check_exported(lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0]),
+                   checkpoint, 1e-5)
 
 
 # ---------------------------------------------------------------- the command line
 
-def test_evaluation_prints_a_table_and_writes_the_result_beside_the_checkpoint(checkpoint, data, monkeypatch, capsys):
-    run(monkeypatch, "--checkpoint", checkpoint)
-    out = capsys.readouterr().out
-    assert all(name in out for name in ("mit_nano", "mIoU", *CLASSES))
+def test_evaluation_writes_the_result_beside_the_checkpoint(checkpoint, data, run, capsys):
+    run("--checkpoint", checkpoint)
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("mit_nano", "mIoU", *CLASSES))
     result = json.loads((checkpoint.parent / "results-val.json").read_text())
-    assert {k: result[k] for k in ("label", "method", "seed", "step", "conditions", "classes")} == {
-        "label": "mine", "method": "ce", "seed": 1, "step": 7, "conditions": {"steps": 7}, "classes": CLASSES}
+    expected = {"label": "mine", "method": "ce", "seed": 1, "step": 7, "conditions": {"steps": 7},
+                "classes": CLASSES, "classes_scored": 3}
+    assert {k: result[k] for k in expected} == expected
     model, _ = load_network(checkpoint)
     assert result["iou"] == scores(evaluate(model, data, "val", 48, 32, "cpu"))["iou"]
-    assert f"{result['miou']:.2f}" in out
+    assert f"{result['miou']:.2f}" in text
 
 
-@pytest.mark.parametrize("options", [["--whole"], ["--window", "40"], ["--stride", "16"], ["--flip"]])
-def test_results_of_other_protocols_are_printed_but_not_kept(checkpoint, options, monkeypatch, capsys):
-    run(monkeypatch, "--checkpoint", checkpoint, *options)
-    out = capsys.readouterr().out
-    assert "mIoU" in out and "not kept for --compare" in out and not (checkpoint.parent / "results-val.json").exists()
+@pytest.mark.parametrize("options", [["--whole"], ["--window", "40"], ["--stride", "16"],
+                                     ["--flip"]])
+def test_results_of_other_protocols_are_printed_but_not_kept(checkpoint, options, run, capsys):
+    run("--checkpoint", checkpoint, *options)
+    text = capsys.readouterr().out
+    assert "mIoU" in text and "not kept for --compare" in text
+    assert not (checkpoint.parent / "results-val.json").exists()
 
 
-def test_the_default_folder_may_be_spelled_out(checkpoint, root, tmp_path, monkeypatch):
+def test_the_default_folder_may_be_spelled_out(checkpoint, root, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "folder").symlink_to(root)
     torch.save(torch.load(checkpoint) | {"data": None}, checkpoint)
-    run(monkeypatch, "--checkpoint", checkpoint, "--data", "data/folder")
+    run("--checkpoint", checkpoint, "--data", "data/folder")
     assert (checkpoint.parent / "results-val.json").exists()
 
 
-def test_pictures_of_a_split(checkpoint, tmp_path, monkeypatch):
-    run(monkeypatch, "--checkpoint", checkpoint, "--split", "train", "--pictures", tmp_path / "out")
-    assert Image.open(tmp_path / "out" / "train.png").width == 3 * (256 + 6)
+def test_pictures_of_a_split(checkpoint, tmp_path, run):
+    run("--checkpoint", checkpoint, "--split", "train", "--pictures", tmp_path / "out")
+    assert Image.open(tmp_path / "out" / "train-comparison.png").width == 3 * (256 + 6)
     assert (checkpoint.parent / "results-train.json").exists()
 
 
-@pytest.mark.parametrize("options", [[], ["--whole"], ["--flip", "--stride", "30"]])
-def test_images_and_folders_are_coloured_at_their_size(checkpoint, root, tmp_path, options, monkeypatch):
+@pytest.fixture
+def photos(tmp_path):
+    """Pictures of several modes and endings, and files beside them."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
     Image.new("L", (70, 30)).save(tmp_path / "grey.jpg")
-    (tmp_path / "more").mkdir()
-    Image.new("RGBA", (31, 45)).save(tmp_path / "more" / "b.PNG")
-    Image.new("RGB", (130, 40)).save(tmp_path / "more" / "c.jpeg")
-    (tmp_path / "more" / "notes.txt").write_text("no picture")
-    run(monkeypatch, "--checkpoint", checkpoint, "--image", tmp_path / "grey.jpg", tmp_path / "more",
-        "--pictures", tmp_path / "out", *options)
-    sizes = {p.name: Image.open(p).size for p in (tmp_path / "out").iterdir()}
-    assert {name: width for name, (width, _) in sizes.items()} == {"grey.png": 70, "b.png": 31, "c.png": 130}
-    heights = {"grey.png": 30, "b.png": 45, "c.png": 40}
-    assert all((sizes[name][1] - height) in (24, 48, 72) for name, height in heights.items())
+    Image.new("RGBA", (31, 45)).save(folder / "b.PNG")
+    Image.new("RGB", (130, 40)).save(folder / "c.jpeg")
+    (folder / "notes.txt").write_text("no picture")
+    return [tmp_path / "grey.jpg", folder]
 
 
-def test_images_are_never_overwritten_by_their_pictures(checkpoint, tmp_path, monkeypatch):
-    (tmp_path / "own").mkdir()
-    Image.new("RGB", (40, 40)).save(tmp_path / "own" / "a.png")
-    with pytest.raises(InputError, match="would be overwritten"):
-        run(monkeypatch, "--checkpoint", checkpoint, "--image", tmp_path / "own", "--pictures", tmp_path / "own")
+PHOTOS = {"grey": (70, 30), "b": (31, 45), "c": (130, 40)}
+
+
+@pytest.mark.parametrize("options", [[], ["--whole"], ["--flip", "--stride", "30"]])
+def test_images_and_folders_are_coloured_at_their_size(checkpoint, photos, tmp_path, options, run,
+                                                       capsys):
+    out = tmp_path / "out"
+    for _ in range(2):  # the second time over pictures of the same command
+        run("--checkpoint", checkpoint, "--image", *photos, "--pictures", out, *options)
+    text = capsys.readouterr().out
+    assert "photos: 1 left out: notes.txt" in text and "3 pictures, grey.jpg to c.jpeg" in text
+    assert len(list(out.iterdir())) == 3
+    for name, (width, height) in PHOTOS.items():
+        size = Image.open(out / f"{name}-overlay.png").size
+        assert size[0] == width and size[1] - height in (24, 48, 72)
+
+
+def test_masks_hold_the_index_of_each_pixel(checkpoint, photos, tmp_path, run):
+    out = tmp_path / "out"
+    run("--checkpoint", checkpoint, "--image", *photos, "--pictures", out, "--masks")
+    for name, size in PHOTOS.items():
+        mask = Image.open(out / f"{name}-mask.png")
+        assert mask.mode == "L" and mask.size == size
+    model, state = load_network(checkpoint)
+    small = module.resize_short_side(module.read_image(photos[1] / "c.jpeg"), state["base"])
+    image = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+    expected = predict(model, image, (40, 130), state["window"])
+    assert np.array_equal(np.array(Image.open(out / "c-mask.png")), expected.numpy())
+
+
+@pytest.mark.parametrize("other", ["label", "overlay"])
+def test_no_picture_of_another_origin_is_overwritten(checkpoint, photos, tmp_path, run, other):
+    out = tmp_path / "out"
+    out.mkdir()
+    precious = Image.new("L", (130, 40), 1)
+    if other == "overlay":
+        module.save_picture(precious, out / "c-mask.png", "overlay")
+    else:
+        precious.save(out / "c-mask.png")
+    before = (out / "c-mask.png").read_bytes()
+    with pytest.raises(InputError, match="c-mask.png: is there and was not written by this"):
+        run("--checkpoint", checkpoint, "--image", *photos, "--pictures", out, "--masks")
+    assert (out / "c-mask.png").read_bytes() == before and len(list(out.iterdir())) == 1
 
 
 @pytest.mark.parametrize("options, named", [
-    (["--window", "16"], "--window"), (["--stride", "0"], "--stride"), (["--batch-size", "0"], "--batch-size"),
-    (["--workers", "-1"], "--workers"), (["--split", "test"], "no test split"),
-    (["--image", "absent.png"], "absent.png"), (["--image", "{empty}"], "no .jpg or .png"),
-    (["--image", "{text}"], "truncated or not an image"),
+    (["--window", "16"], "--window"), (["--stride", "0"], "--stride"),
+    (["--batch-size", "0"], "--batch-size"), (["--workers", "-1"], "--workers"),
+    (["--split", "test"], "no test split"),
+    (["--device", "cuda"], "--device cuda: no such device found"),
+    (["--device", "gpu"], "--device gpu: no name of a device"),
+    (["--whole", "--stride", "8"], "--whole: takes no windows"),
+    (["--image", "absent.png"], "absent.png"), (["--image", "{d}/empty"], "empty: no picture"),
+    (["--image", "{d}/text.png"], "truncated or not an image"),
+    (["--image", "{d}", "--pictures", "{d}"], "holds the pictures themselves"),
+    (["--image", "{d}/text.png", "{d}/empty/../text.png"], "two of the --image files"),
     (["--data", "absent"], "absent"), (["--checkpoint", "absent.pt"], "absent.pt"),
-    (["--compare", "{empty}"], "no results-val.json")])
-def test_bad_options_are_one_sentence_that_names_them(checkpoint, tmp_path, options, named, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    (["--checkpoint", "{d}/text.png"], "text.png: not a readable checkpoint"),
+    (["--masks"], "--masks: has no effect with --checkpoint; it goes with --image"),
+    (["--against", "kd"], "--against: has no effect with --checkpoint; it goes with --compare"),
+    (["--image", "a.png", "--export", "x.pt2"], "--image: has no effect with --export"),
+    (["--export", "x.pt2", "--window", "64"], "--window: has no effect with --export"),
+    (["--image", "a.png", "--split", "val"], "--split: has no effect with --image"),
+    (["--compare", "{d}"], "--checkpoint: has no effect with --compare")])
+def test_bad_or_ignored_options_are_one_sentence_that_names_them(checkpoint, tmp_path, options,
+                                                                 named, run):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no picture")
-    options = [o.format(empty=tmp_path / "empty", text=tmp_path / "text.png") for o in options]
-    with pytest.raises(InputError, match=re.escape(named)):
-        run(monkeypatch, "--checkpoint", checkpoint, *options)
+    with pytest.raises(InputError, match=re.escape(named)) as e:
+        run("--checkpoint", checkpoint, *(o.format(d=tmp_path) for o in options))
+    assert "\n" not in str(e.value)
 
 
-def test_device_that_is_not_there_is_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="--device cuda: no such device"):
-        run(monkeypatch, "--checkpoint", checkpoint, "--device", "cuda")
-
-
-def test_a_network_in_training_mode_is_not_evaluated(root):
-    data = open_dataset("folder", root)
-    with pytest.raises(AssertionError, match="eval"):
-        evaluate(Student("mit_nano", 3).train(), data, "val", 48, 32, torch.device("cpu"))
-
-
-def test_data_of_other_classes_is_refused(checkpoint, monkeypatch):
+def test_data_of_other_classes_is_refused(checkpoint, run):
     torch.save(torch.load(checkpoint) | {"classes": ["sky", "grass", "dog"]}, checkpoint)
     with pytest.raises(InputError, match="trained on 3 classes that are not those of the data"):
-        run(monkeypatch, "--checkpoint", checkpoint)
+        run("--checkpoint", checkpoint)
 
 
-def test_something_to_do_is_required(monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--image", "a.png"], ["--export", "a.pt2"]])
+def test_something_to_do_is_required(run, options):
     with pytest.raises(InputError, match="--checkpoint FILE or --compare DIR"):
-        run(monkeypatch)
+        run(*options)
 
 
-# ---------------------------------------------------------------- comparison
+# ---------------------------------------------------------------- comparison of runs
 
 def write_runs(folder, runs, **changes):
-    """results-val.json of runs: method (or label:method) -> mIoU of seeds 0, 1, ... (None: no such run)."""
+    """results-val.json of runs: method or label:method -> mIoU of seeds 0, 1, ... or None."""
     for name, values in runs.items():
         label, _, method = name.rpartition(":")
         for seed, miou in enumerate(values):
-            result = {"miou": miou, "iou": [miou, None], "pixel_accuracy": 90.0, "label": label or None,
-                      "method": method, "seed": seed, "step": 400, "classes": ["sky", "cat"],
-                      "conditions": {"crop": 64, "steps": 400}}
+            if miou is None:
+                continue
+            result = {"miou": miou, "iou": [miou, None], "pixel_accuracy": 90.0, "seed": seed,
+                      "label": label or None, "method": method, "step": 400,
+                      "classes": ["sky", "cat"], "conditions": {"crop": 64, "steps": 400}}
             path = folder / f"{label or method}-seed{seed}" / "results-val.json"
-            if miou is not None:
-                path.parent.mkdir()
-                path.write_text(json.dumps(result | changes))
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(result | changes))
     return folder
 
 
@@ -507,74 +641,69 @@ def line(text, start):
     return next(row for row in text.splitlines() if row.startswith(start)).split()
 
 
-def test_comparison_pairs_by_seed_and_says_where_a_ratio_is_undefined(tmp_path):
-    write_runs(tmp_path, {"ce": [50, 52, 51], "kd": [51, 53, 53], "c2vkd": [53, 56, 54]})
-    text, _ = compare(tmp_path, "val")
+def test_gains_are_paired_by_seed(tmp_path):
+    write_runs(tmp_path, {"ce": [50, 52, 51], "kd": [51, 53, 53], "mine:c2vkd": [53, 56, 54]})
+    text = compare(tmp_path, "val")
+    assert text.startswith(f"{tmp_path}: val, 400 steps\n")
     assert line(text, "ce") == ["ce", "3", "51.00", "1.00", "-", "-"]
     # gains 1 1 2: mean 4/3, deviation 0.57735, half width 4.303 * 0.57735 / sqrt(3) = 1.434
     assert line(text, "kd") == ["kd", "3", "52.33", "1.15", "+1.33", "[-0.10,", "+2.77]"]
-    assert line(text, "c2vkd") == ["c2vkd", "3", "54.33", "1.53", "+3.33", "[+1.90,", "+4.77]"]  # gains 3 4 3
-    # 3 - 2, 4 - 2, 3 - 4: mean 2/3, deviation 1.52753, half width 3.795
-    assert "gain(c2vkd) - 2 gain(kd) = +0.67   [-3.13, +4.46]" in text
-    assert "gain(c2vkd) / gain(kd): undefined: the interval of the gain of kd is not above 0" in text
-    assert line(text, "sky") == ["sky", "54.33", "51.00", "52.33"] and line(text, "cat") == ["cat", "-", "-", "-"]
+    assert line(text, "mine") == ["mine", "3", "54.33", "1.53", "+3.33", "[+1.90,", "+4.77]"]
+    assert line(text, "sky") == ["sky", "51.00", "52.33", "54.33"]
+    assert line(text, "cat") == ["cat", "-", "-", "-"]
 
 
-def test_ratio_is_to_the_best_baseline_on_the_same_seeds(tmp_path):
-    write_runs(tmp_path, {"ce": [50, 52, 51, 40], "at": [50.5, 52.5, 51.5, 90], "kd": [51, 53.1, 52.2],
-                          "c2vkd": [53, 56, 54]})
-    text, _ = compare(tmp_path, "val")
-    assert "gain(c2vkd) - 2 gain(kd) = +1.13" in text  # 1, 1.8, 0.6; seed 3 of at has no partner
-    assert "gain(c2vkd) / gain(kd): 303%" in text  # 10/3 over 1.1
-
-
-def test_named_runs_have_a_row_of_their_own_and_are_no_baseline(tmp_path):
-    write_runs(tmp_path, {"ce": [50, 52], "kd": [51, 53], "c2vkd": [53, 55], "reverse:c2vkd": [58, 59]})
-    text, _ = compare(tmp_path, "val")
-    assert line(text, "reverse") == ["reverse", "2", "58.50", "0.71", "+7.50", "[+1.15,", "+13.85]"]
-    assert "gain(c2vkd) - 2 gain(kd) = +1.00" in text and "None" not in text
-
-
-def test_the_best_baseline_is_chosen_on_val_and_a_losing_one_is_named(tmp_path):
-    write_runs(tmp_path, {"ce": [50, 52], "at": [52, 54], "kd": [49, 51], "c2vkd": [49, 52]})
-    for path in tmp_path.rglob("results-val.json"):  # on test the two baselines trade places
-        text = path.read_text()
-        other = {"at": '"miou": 45', "kd": '"miou": 49.5'}.get(path.parent.name[:2])
-        path.with_name("results-test.json").write_text(re.sub(r'"miou": \d+', other, text) if other else text)
-    assert "gain(c2vkd) - 2 gain(at) = -4.50" in compare(tmp_path, "val")[0]  # -1 - 4, 0 - 4
-    on_test, _ = compare(tmp_path, "test")
-    assert "gain(c2vkd) - 2 gain(at) = +11.50" in on_test  # -1 + 10, 0 + 14
-    assert "but at loses: this is no gain" in on_test and "loses" not in compare(tmp_path, "val")[0]
-    val = tmp_path / "kd-seed0" / "results-val.json"
-    val.write_text(val.read_text().replace('"step": 400', '"step": 200'))
-    with pytest.raises(InputError, match="kd-seed0/results-val.json: missing or of another step than results-test"):
-        compare(tmp_path, "test")
-
-
-def test_a_losing_baseline_goes_unnamed_where_the_difference_is_negative_too(tmp_path):
-    write_runs(tmp_path, {"ce": [50, 52], "kd": [49, 51], "c2vkd": [40, 42]})
-    text, _ = compare(tmp_path, "val")
-    assert "gain(c2vkd) - 2 gain(kd) = -8.00" in text and "loses" not in text
+def test_gains_against_another_method_are_paired_by_seed_too(tmp_path):
+    write_runs(tmp_path, {"ce": [50, 52, 51], "kd": [51, 53, 53], "c2vkd": [53, 56, 54, 90],
+                          "fitnet": [None, 54]})
+    text = compare(tmp_path, "val", ["kd", "fitnet"])
+    kd, fitnet = text.split("against kd")[1].split("against fitnet")
+    # 3 - 2, 4 - 2, 3 - 4: mean 2/3, deviation 1.52753, half width 3.795; then 2, 3, 1
+    assert line(kd, "c2vkd") == ["c2vkd", "3", "+0.67", "[-3.13,", "+4.46]", "+2.00", "[-0.48,",
+                                 "+4.48]"]
+    assert line(kd, "fitnet") == ["fitnet", "1", "+0.00", "(one", "seed)", "+1.00", "(one", "seed)"]
+    assert line(fitnet, "c2vkd")[:3] == ["c2vkd", "1", "+0.00"]
+    assert "\nce" not in kd
+    with pytest.raises(InputError, match="--against dist: no gain .* there are c2vkd, fitnet, kd"):
+        compare(tmp_path, "val", ["dist"])
 
 
 def test_one_seed_and_seeds_without_partner(tmp_path):
     write_runs(tmp_path, {"ce": [50, 52], "kd": [None, 53], "c2vkd": [53]})
-    text, _ = compare(tmp_path, "val")
+    text = compare(tmp_path, "val", ["kd"])
     assert line(text, "c2vkd") == ["c2vkd", "1", "53.00", "-", "+3.00", "(one", "seed)"]
-    assert "gain(c2vkd)" not in text  # kd and c2vkd share no seed
-    (tmp_path / "kd-seed1" / "results-val.json").unlink()
-    assert line(compare(tmp_path, "val")[0], "c2vkd")[4] == "+3.00"
+    assert line(text.split("against kd")[1], "c2vkd") == ["c2vkd", "0", "-", "-", "-", "-"]
+
+
+def test_runs_of_different_teachers_are_groups_and_the_student_alone_serves_them_all(tmp_path):
+    conditions = {"crop": 64, "steps": 400}
+    write_runs(tmp_path, {"ce": [50, 52]}, conditions=conditions | {"teacher_identity": None})
+    for steps, miou, weight in ((600, 53, 1), (900, 60, 2)):
+        identity = {"network": "resnet10", "steps": steps}
+        write_runs(tmp_path / f"teacher{steps}", {"c2vkd": [miou, miou]},
+                   conditions=conditions | {"teacher_identity": identity},
+                   options={"weights": {"gb": weight}})
+    first, second = compare(tmp_path, "val").split(f"{tmp_path}: ")[1:]
+    assert first.startswith("val, 400 steps, teacher: steps 600\n")
+    assert second.startswith("val, 400 steps, teacher: steps 900\n")
+    assert line(first, "c2vkd")[4] == "+2.00" and line(second, "c2vkd")[4] == "+9.00"
+    assert line(first, "ce") == line(second, "ce")
+    write_runs(tmp_path / "other", {"kd": [51]},
+               conditions={"crop": 96, "teacher_identity": identity})
+    with pytest.raises(InputError, match="kd-seed0.* differs from .* in crop;"):
+        compare(tmp_path, "val")
 
 
 def test_teachers_are_not_rows(tmp_path):
     write_runs(tmp_path, {"ce": [50]})
-    write_runs(tmp_path, {"teacher": [80]}, method=None)
-    assert "80.00" not in compare(tmp_path, "val")[0]
+    write_runs(tmp_path, {"teacher": [80]}, method=None, conditions=None)
+    assert "80.00" not in compare(tmp_path, "val")
 
 
 @pytest.mark.parametrize("changes, named", [
     ({"conditions": {"crop": 96, "steps": 400}}, "in crop;"), ({"step": 300}, "in step;"),
-    ({"conditions": {"crop": 96}}, "in crop;"), ({"conditions": {"crop": 96}, "step": 300}, "in crop, step;")])
+    ({"conditions": {"crop": 96}, "step": 300}, "in crop, step;"),
+    ({"classes": ["cat", "sky"]}, "in names of the classes;")])
 def test_runs_of_other_conditions_are_refused(tmp_path, changes, named):
     write_runs(tmp_path, {"ce": [50]})
     write_runs(tmp_path, {"kd": [51]}, **changes)
@@ -584,70 +713,43 @@ def test_runs_of_other_conditions_are_refused(tmp_path, changes, named):
 
 def test_conditions_that_one_run_lacks_are_compared_among_the_others(tmp_path):
     write_runs(tmp_path, {"ce": [50]})
-    write_runs(tmp_path, {"kd": [51]}, conditions={"crop": 64, "steps": 400, "teacher": "good"})
-    assert line(compare(tmp_path, "val")[0], "kd")[4] == "+1.00"
-    write_runs(tmp_path, {"pdd": [51]}, conditions={"crop": 64, "steps": 400, "teacher": "bad"})
+    conditions = {"crop": 64, "steps": 400}
+    write_runs(tmp_path, {"kd": [51]}, conditions=conditions | {"teacher": "good"})
+    assert line(compare(tmp_path, "val"), "kd")[4] == "+1.00"
+    write_runs(tmp_path, {"pdd": [51]}, conditions=conditions | {"teacher": "bad"})
     with pytest.raises(InputError, match="pdd-seed0.* differs from .*kd-seed0.* in teacher;"):
         compare(tmp_path, "val")
 
 
-def test_second_run_of_a_method_and_seed_is_refused(tmp_path):
-    write_runs(tmp_path, {"ce": [50]})
-    (tmp_path / "copy").mkdir()
-    write_runs(tmp_path / "copy", {"ce": [51]})
-    with pytest.raises(InputError, match="a second run of ce, seed 0; keep one"):
-        compare(tmp_path, "val")
-
-
-def test_seeds_of_other_options_are_not_averaged(tmp_path):
+@pytest.mark.parametrize("more, changes, named", [
+    ({"ce": [51]}, {}, "a second run of ce, seed 0; keep one"),
+    ({"c2vkd": [None, 20]}, {"options": {"kl": "reverse"}}, "in kl of c2vkd; .*another --name"),
+    ({"c2vkd:kd": [None, 20]}, {"options": {"kl": "forward"}}, "in method of c2vkd;")])
+def test_runs_that_one_name_cannot_hold_are_not_averaged(tmp_path, more, changes, named):
     write_runs(tmp_path, {"ce": [50, 52], "c2vkd": [53]}, options={"kl": "forward"})
-    (tmp_path / "more").mkdir()
-    write_runs(tmp_path / "more", {"c2vkd": [None, 20]}, options={"kl": "reverse"})
-    with pytest.raises(InputError, match="c2vkd-seed1.* differs from .*c2vkd-seed0.* in kl of c2vkd; .*another --name"):
+    write_runs(tmp_path / "more", more, **changes)
+    with pytest.raises(InputError, match=named):
         compare(tmp_path, "val")
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", "{\"method\":"])
+@pytest.mark.parametrize("text", ["", "[1]", "{}", "{\"method\":", "{\"miou\": 3}"])
 def test_results_that_cannot_be_read_are_named(tmp_path, text):
     write_runs(tmp_path, {"ce": [50]})
     (tmp_path / "ce-seed0" / "results-val.json").write_text(text)
-    with pytest.raises(InputError, match="ce-seed0/results-val.json: missing or not readable; run evaluate.py"):
+    named = "ce-seed0/results-val.json: missing or not readable; run evaluate.py"
+    with pytest.raises(InputError, match=named):
         compare(tmp_path, "val")
 
 
-def test_fitnet_has_a_claim_of_its_own_and_hints_are_no_baselines(tmp_path):
-    write_runs(tmp_path, {"ce": [50, 52], "kd": [51, 53], "c2vkd": [54, 57], "fitnet": [53, 55], "pdd_fitnet": [59, 59],
-                          "vlfd": [60, 60], "longer:ce": [70, 70]})
-    text, _ = compare(tmp_path, "val")
-    assert "gain(c2vkd) - 2 gain(kd) = +2.50" in text  # 4 - 2, 5 - 2
-    assert "gain(c2vkd) - gain(fitnet) = +1.50   [-4.85, +7.85]" in text  # 1 and 2
-    for path in tmp_path.glob("kd-*/*.json"):
-        path.unlink()
-    text, _ = compare(tmp_path, "val")
-    assert "2 gain" not in text and "gain(c2vkd) - gain(fitnet) = +1.50" in text
-
-
-def test_rows_hold_what_the_table_shows(tmp_path):
-    write_runs(tmp_path, {"ce": [50, 52], "kd": [51]})
-    ce, kd = compare(tmp_path, "val")[1]
-    assert ce == {"group": str(tmp_path), "split": "val", "steps": 400, "method": "ce", "seeds": 2, "mean": 51,
-                  "std": pytest.approx(2 ** 0.5), "gain": None, "low": None, "high": None}
-    assert kd["mean"] == 51 and kd["gain"] == 1 and kd["std"] is kd["low"] is None
-
-
-@pytest.mark.parametrize("pictures", [None, "out"])
-def test_compare_from_the_command_line(tmp_path, monkeypatch, capsys, pictures):
+def test_compare_from_the_command_line_writes_nothing(tmp_path, run, capsys):
     for name in ("short", "long"):
-        (tmp_path / name).mkdir()
         write_runs(tmp_path / name, {"ce": [50, 52], "kd": [51, 52]}, step=len(name))
-    where = ["--pictures", tmp_path / pictures] if pictures else []
-    run(monkeypatch, "--compare", tmp_path / "short", tmp_path / "long", *where)
-    printed, out = capsys.readouterr().out, tmp_path / (pictures or "short")
-    assert printed.startswith(f"{tmp_path}/short: val, 5 steps\n") and f"{tmp_path}/long: val, 4 steps\n" in printed
-    with (out / "compare.csv").open(newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert [(Path(r["group"]).name, r["method"], r["steps"]) for r in rows] == [
-        ("short", "ce", "5"), ("short", "kd", "5"), ("long", "ce", "4"), ("long", "kd", "4")]
-    assert [rows[0][k] for k in ("mean", "std", "gain", "low", "high")] == ["51", "1.414", "", "", ""]
-    assert [rows[3][k] for k in ("mean", "std", "gain", "low", "high")] == ["51.5", "0.707", "0.5", "-5.853", "6.853"]
-    assert Image.open(out / "compare.png").width == 800
+    files = sorted(tmp_path.rglob("*"))
+    run("--compare", tmp_path / "short", tmp_path / "long", "--against", "kd", "--split", "val")
+    text = capsys.readouterr().out
+    assert text.startswith(f"{tmp_path}/short: val, 5 steps\n")
+    assert f"\n{tmp_path}/long: val, 4 steps\n" in text and text.count("against kd") == 2
+    assert sorted(tmp_path.rglob("*")) == files
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no results-val.json"):
+        run("--compare", tmp_path / "empty")
