@@ -185,11 +185,11 @@ def test_flip_averages_with_the_mirror_image(logits):
     assert not torch.allclose(found, conv(x)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("size", [(30, 141), (113, 43), (900, 1000)])
+@pytest.mark.parametrize("size", [(30, 141), (113, 43), (600, 700)])
 def test_class_map_is_argmax_and_ties_go_to_the_lower_class(size):
     torch.manual_seed(0)
-    many = torch.randn(37, 12, 16)
-    few = torch.randint(3, (37, 12, 16)).float()  # ties nearly everywhere
+    many = torch.randn(21, 12, 16)
+    few = torch.randint(3, (21, 12, 16)).float()  # ties nearly everywhere
     few[:, :3] = 0
     for logits in (many, few, few[:1]):
         found = class_map(logits, size)
@@ -209,7 +209,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("window, flip", [(512, False), (512, True), (None, False)])
+@pytest.mark.parametrize("window, flip", [(512, True), (None, False)])
 def test_a_large_picture_of_many_classes_needs_little_memory(window, flip):
     def model(x):  # on the device "meta" shapes are all there is, so this costs nothing
         return logits_only(x.new_zeros(len(x), 150, x.shape[2] // 4, x.shape[3] // 4))
@@ -415,6 +415,14 @@ def test_checkpoint_that_does_not_fit_is_refused(checkpoint, change, named):
     torch.save({k: v for k, v in state.items() if v is not None}, checkpoint)
     with pytest.raises(InputError, match=named):
         load_network(checkpoint)
+
+
+@pytest.mark.parametrize("content", [[1], {"a": 1}, b""])
+def test_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(InputError, match="x.pt: not a (readable )?checkpoint"):
+        load_network(path)
 
 
 def test_only_the_heads_may_be_left_aside(checkpoint):

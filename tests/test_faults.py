@@ -23,7 +23,6 @@ from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 import data
-import evaluate
 import losses
 import student
 import teacher
@@ -507,7 +506,6 @@ def plain_teacher(name, classes):
     return lambda d: torch.save(teacher.TEACHERS[name].build(classes).state_dict(), d / "x.pt")
 
 
-EVAL = "EVAL --checkpoint {d}/x.pt "
 BAD = {  # what: (how it is made in the data folder d, options, what the message holds)
     "no data folder": (None, "--data {d}/nowhere", "{d}/nowhere: no such folder; give --data"),
     "missing label": (lambda d: (d / "labels/train/1.png").unlink(), "", "{d}/labels/train/1.png: no such file; restore it"),
@@ -552,25 +550,6 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
     "recipe of another data set": (None, "--dataset shapes --recipe small", "--recipe small: shapes has one recipe"),
     "CLIP with a small teacher": (None, "--clip {d}/no.pt", "--clip needs a ResNet teacher"),
     "output below a file": (None, "--out {d}/classes.txt", "{d}/classes.txt/folder|check the path"),
-    "missing checkpoint": (None, EVAL, "{d}/x.pt: no such file; give the path of a last.pt"),
-    "empty checkpoint": (lambda d: (d / "x.pt").write_bytes(b""), EVAL, "{d}/x.pt: not a readable checkpoint|give another"),
-    "text as checkpoint": (lambda d: (d / "x.pt").write_text("hello\n"), EVAL, "{d}/x.pt: not a readable checkpoint|give another"),
-    "other dict": (lambda d: torch.save({"a": 1}, d / "x.pt"), EVAL,
-                   "{d}/x.pt: not a checkpoint of this project|give a last.pt"),
-    "list": (lambda d: torch.save([1], d / "x.pt"), EVAL, "{d}/x.pt: not a checkpoint of this project|give a last.pt"),
-    "unknown network": (checkpoint("vgg", holds="mit_nano"), EVAL, "{d}/x.pt: holds a network called 'vgg'"),
-    "checkpoint of another architecture": (checkpoint("mit_b0", holds="mit_nano"), EVAL,
-                                           "{d}/x.pt: not mit_b0: "),
-    "checkpoint of other classes": (checkpoint(classes=4), EVAL, "{d}/x.pt: trained on 4 classes|give its own --data"),
-    "missing split": (checkpoint(), EVAL + "--split test", "no test split; choose another --split"),
-    "missing image": (checkpoint(), EVAL + "--image {d}/no.jpg --pictures {d}/p",
-                      "{d}/no.jpg: no such file; give another --image"),
-    "text as picture": (checkpoint(), EVAL + "--image {d}/classes.txt --pictures {d}/p",
-                        "{d}/classes.txt: truncated or not an image"),
-    "folder without images": (checkpoint(), EVAL + "--image {d}/images --pictures {d}/p", "{d}/images: no .jpg or .png in it"),
-    "window below 32": (None, EVAL + "--window 8", "--window: must be at least 32"),
-    "no such device": (None, EVAL + "--device cuda", "--device cuda: no such device found; use --device cpu"),
-    "nothing to compare": (None, "EVAL --compare {d}", "{d}: no results-val.json below it; run train.py"),
 }
 
 
@@ -584,8 +563,7 @@ def test_bad_input_is_one_line_that_names_it_and_the_remedy(tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     few = ("--teacher-steps", 1, "--pool-steps", 1, "--steps", 1)
     argv = line.format(d=d).split()
-    message = error_of(evaluate.main, argv[1:], capsys) if argv[:1] == ["EVAL"] else \
-        error_of(train.main, options(d, tmp_path / "runs", *few, *argv), capsys)
+    message = error_of(train.main, options(d, tmp_path / "runs", *few, *argv), capsys)
     for word in words.format(d=d).split("|"):
         assert word in message
 
