@@ -22,7 +22,6 @@ import math
 import os
 import statistics
 import time
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -639,34 +638,27 @@ def _each_class(runs, classes):
     return columns(rows)
 
 
-# ---------------------------------------------------------------- files of our own
+# ---------------------------------------------------------------- files for others
 
-def refuse_foreign(path, is_ours):
-    """Raises InputError before something is written over a file that `is_ours` does not know."""
-    if path.exists() and not is_ours(path):
+def signature(kind):
+    """The words by which a file says that this program wrote it, and as what."""
+    return f"C2VKD evaluate.py, {kind}"
+
+
+def refuse_foreign(path, kind):
+    """Raises InputError before something is written over a file that is no former `kind`."""
+    if path.exists() and signature(kind).encode() not in path.read_bytes():
         raise InputError(f"{path}: is there and was not written by this command; "
                          "move it away or choose another name")
 
 
-def _signature(kind):
-    return f"C2VKD evaluate.py, {kind}"
-
-
-def is_our_picture(path, kind):
-    """Whether a file is a PNG that `save_picture` wrote as the same kind."""
-    with open(path, "rb") as f:
-        return _signature(kind).encode() in f.read(200)
-
-
 def save_picture(picture, path, kind):
-    """A PNG that says who wrote it, and as what."""
+    """Write a PIL picture as a signed PNG."""
     about, content = PngInfo(), io.BytesIO()
-    about.add_text("Software", _signature(kind))
+    about.add_text("Software", signature(kind))
     picture.save(content, "png", pnginfo=about)
     write_atomically(path, content.getvalue())
 
-
-# ---------------------------------------------------------------- export
 
 class Deployed(torch.nn.Module):
     """Pictures (B,3,H,W) uint8 RGB -> logits (B,K,H,W) float32.
@@ -686,52 +678,37 @@ class Deployed(torch.nn.Module):
 def export_program(deployed):
     """The torch.export program of a Deployed network, for any batch, height and width."""
     anything = torch.export.Dim.DYNAMIC
-    # sides that leave different sizes in every stage: equal ones would be taken for one unknown
+    # numbers that stay different in every stage: equal ones would be taken for one unknown
     example = torch.zeros(2, 3, 160, 192, dtype=torch.uint8)
     shapes = ({0: anything, 2: anything, 3: anything},)
     return torch.export.export(deployed, (example,), dynamic_shapes=shapes)
 
 
-def write_pt2(program, classes, path):
-    """Write for torch.export.load, with classes.json in it. Returns what the file computes."""
+def write_pt2(program, about, path):
+    """Write for torch.export.load. Returns what the file computes, as a function."""
     content = io.BytesIO()
-    torch.export.save(program, content, extra_files={"classes.json": json.dumps(classes)})
+    torch.export.save(program, content, extra_files=about)
     write_atomically(path, content.getvalue())
     return torch.export.load(path).module()
 
 
-def is_our_pt2(path):
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/classes.json") for name in archive.namelist())
-
-
-def write_onnx(program, classes, path):
-    """Write as ONNX, with the classes in its metadata. Returns what the file computes."""
+def write_onnx(program, about, path):
+    """Write as ONNX. Returns what the file computes, as a function."""
     import onnx
     from onnx.reference import ReferenceEvaluator
-    converted = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"],
-                                  output_names=["logits"])
-    converted.model.metadata_props["classes"] = json.dumps(classes)
+    converted = torch.onnx.export(program, dynamo=True, verbose=False,
+                                  input_names=["images"], output_names=["logits"])
+    converted.model.metadata_props.update(about)
     write_atomically(path, converted.model_proto.SerializeToString())
     evaluator = ReferenceEvaluator(onnx.load(path))
     return lambda images: torch.from_numpy(evaluator.run(None, {"images": images.numpy()})[0])
 
 
-def is_our_onnx(path):
-    import onnx
-    try:
-        return any(p.key == "classes" for p in onnx.load(path).metadata_props)
-    except Exception:  # whatever protobuf makes of a file that is no ONNX
-        return False
-
-
-EXPORTS = {".pt2": (write_pt2, is_our_pt2), ".onnx": (write_onnx, is_our_onnx)}
+EXPORTS = {".pt2": write_pt2, ".onnx": write_onnx}
 
 
 def export(model, classes, path):
-    """Write the network for deployment, in the format of `path`'s ending.
+    """Write the network for deployment, in the format of `path`'s ending, with classes.json in it.
 
     Returns the largest difference between what the file computes and what the network does.
     Raises InputError for another ending, missing packages, or a file of another origin.
@@ -741,17 +718,17 @@ def export(model, classes, path):
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if path.suffix == ".onnx" and missing:
         raise InputError(f"--export {path}: pip install {' '.join(missing)} first")
-    write, is_ours = EXPORTS[path.suffix]
-    refuse_foreign(path, is_ours)
+    refuse_foreign(path, path.suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"classes.json": json.dumps(classes), "software": signature(path.suffix)}
     deployed = Deployed(model).eval()
-    exported = write(export_program(deployed), classes, path)
-    difference = 0
+    exported = EXPORTS[path.suffix](export_program(deployed), about, path)
+    differences = []
     for batch, height, width in ((1, 64, 64), (2, 70, 90)):
         images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
         with torch.no_grad():
-            difference = max(difference, (exported(images) - deployed(images)).abs().max().item())
-    return difference
+            differences.append((exported(images) - deployed(images)).abs().max().item())
+    return max(differences)
 
 
 # ---------------------------------------------------------------- commands
@@ -791,7 +768,7 @@ def _label_pictures(args):
         raise InputError("two of the --image files have one name but for folder or ending, "
                          "and would have one picture; give them one at a time")
     for target in targets.values():
-        refuse_foreign(target, partial(is_our_picture, kind=kind))
+        refuse_foreign(target, kind)
     out.mkdir(parents=True, exist_ok=True)
     for path, target in progress(targets.items(), desc=f"{kind}s to {out}", unit="images"):
         image = read_image(path)
@@ -841,7 +818,7 @@ def _evaluate_checkpoint(args):
         raise InputError(f"the data has no {split} split; choose another --split")
     picture = args.pictures and Path(args.pictures) / f"{split}-comparison.png"
     if picture:
-        refuse_foreign(picture, partial(is_our_picture, kind="comparison"))
+        refuse_foreign(picture, "comparison")
         picture.parent.mkdir(parents=True, exist_ok=True)
 
     matrix = evaluate(model, data, split, state["base"], device=device, workers=workers, **protocol)
