@@ -556,6 +556,7 @@ def scan_labels(data, cache=None):
     found = dict(zip(paths, in_threads(look, paths, desc="reading labels", unit="labels")))
     entries = {os.path.abspath(path): entry for path, entry in found.items()}
     if cache and entries != known:
+        Path(cache).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"reading": _reading(data), "labels": entries})
         write_atomically(cache, text.encode(), shared=True)
     return _summary(splits, found)

@@ -650,7 +650,7 @@ def test_masks_of_0_and_255_among_others_are_noted(tmp_path):
 
 def test_labels_are_counted_once_and_again_where_they_change(tmp_path, monkeypatch):
     folder = open_dataset("folder", put_folder(tmp_path / "a", [[[0, 1, 1]], [[2, 255, 1]]]))
-    cache = tmp_path / "labels.json"
+    cache = tmp_path / "runs" / "labels.json"
     first = data.scan_labels(folder, cache)
     assert first.counts["train"][[0, 1, 2, 255]].tolist() == [1, 3, 1, 1]
     assert first.counts["train"].dtype == np.int64 and len(first.counts["train"]) == 256
