@@ -32,8 +32,8 @@ import losses
 from data import (DATASETS, DataSet, InputError, Parser, TrainStream, at_least, command,
                   judge_labels, load_checkpoint, load_strictly, locked, normalise, open_dataset,
                   progress, quiet_worker, save_tensors, scan_labels, unwrap, write_atomically)
-from evaluate import (commonest, comparison, evaluate, load_network, read_scores, report,
-                      report_terms, scores, table, write_json, write_scores)
+from evaluate import (commonest, comparison, default_workers, evaluate, load_network, read_scores,
+                      report, report_terms, scores, table, write_scores)
 from losses import METHODS, cross_entropy, total_loss
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
 from teacher import (TEACHERS, PoolFitter, Teacher, average_precision, initialise, is_backbone,
@@ -659,9 +659,9 @@ class Plan:
         everything = plain(stage)
         options = {k: everything.pop(k) for k in ("weights", "kl", "unlabelled", "pool")}
         apart = {k: everything.pop(k) for k in ("method", "seed", "teacher")}
+        conditions = everything | {"teacher_identity": apart["teacher"]}
         return self.run(stage, self.root / name, label=label, method=method, seed=args.seed,
-                        conditions=everything, options=options,
-                        teacher_identity=apart["teacher"])
+                        conditions=conditions, options=options)
 
 
 def open_labelled(args, machine):
@@ -834,7 +834,7 @@ def scores_of_given(plan, args, teacher, given):
     result = scores(matrix)
     if machine.rank == 0:
         given.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, result | {"conditions": conditions})
+        write_scores(given.folder, "val", result, {"conditions": conditions})
     row = f"teacher {args.teacher}", count_parameters(teacher), None, result
     print(table([row], plan.data.classes))
     if result["miou"] <= commonest(matrix):
@@ -1038,11 +1038,6 @@ def fill_from_recipe(args):
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-
-
-def default_workers(gpus):
-    """As many loader processes as there are cores a GPU, at most 16. On a CPU none."""
-    return min(16, max(1, (os.cpu_count() or 1) // gpus)) if gpus else 0
 
 
 def refuse_useless(args):
