@@ -113,12 +113,8 @@ def initialise(teacher, name, source):
     """
     if source == "none":
         return
-    if source in ("imagenet", "voc") and TEACHERS[name].imagenet is None:
-        raise InputError(f"{name} has no published weights: use --teacher-weights none or a FILE")
-    if source == "voc":
-        source = models.get_model_weights(name)["COCO_WITH_VOC_LABELS_V1"].url
-    elif source == "imagenet":
-        source = TEACHERS[name].imagenet.url
+    if source in ("imagenet", "voc"):
+        source = published(name, source)
     state = read_weights(source, "--teacher-weights")
     remedy = "give --teacher the network of the file"
     if is_backbone(state):
@@ -134,6 +130,16 @@ def initialise(teacher, name, source):
     names = ", ".join(sorted({key.split(".")[0] for key in left}))
     aside = f"; not loaded: {len(left)} tensors of {names}" if left else ""
     print(f"teacher: {source}{aside}")
+
+
+def published(name, source):
+    """URL of torchvision's file, for "imagenet" or "voc". Raises InputError where there is none."""
+    if source == "imagenet" and TEACHERS[name].imagenet:
+        return TEACHERS[name].imagenet.url
+    if source == "voc" and name in models.list_models(segmentation):
+        return models.get_model_weights(name)["COCO_WITH_VOC_LABELS_V1"].url
+    raise InputError(f"{name} has no published {source} weights: "
+                     "use --teacher-weights none or a FILE")
 
 
 def is_backbone(state):
