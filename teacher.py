@@ -7,7 +7,7 @@ from a CLIP file; both are frozen while the student learns (stage 3).
 """
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -84,12 +84,23 @@ def _mobilenet_v2(classes):
     return DeepLabV3(backbone, DeepLabHead(320, classes, (3, 6, 9)))
 
 
-class Kind(NamedTuple):
-    """A kind of teacher. build: classes -> a network with .backbone, x -> {"out": F^T}, and .classifier, a Sequential
-    from F^T to logits whose last layer classifies; channels: C_T; imagenet: torchvision's weights of the backbone."""
+@dataclass(frozen=True)
+class Kind:
+    """A kind of teacher, one row of TEACHERS.
+
+    build: classes -> a network with .backbone, x -> {"out": F^T}, and .classifier, a Sequential
+    from F^T to logits whose last layer classifies.
+    channels: C_T, a multiple of 64.
+    imagenet: torchvision's weights of the backbone.
+    """
     build: Callable
     channels: int
     imagenet: object = None
+
+    def __post_init__(self):
+        if self.channels < 64 or self.channels % 64:
+            raise ValueError(f"channels={self.channels}: the heads of the attention pool have 64 "
+                             "channels each, so that a teacher needs a multiple of 64")
 
 
 TEACHERS = {
