@@ -1,217 +1,435 @@
-"""Whole runs on a data set of a few pictures, and what surrounds the loop."""
-import csv
+"""Whole runs on a data set of a few pictures: methods, stages, what is read again and what not."""
 import json
+import shutil
 import signal
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision import models
 
-import data as data_module
-import evaluate
+import data
 import losses
+import student
 import teacher
 import train
-from data import InputError, spread
+from conftest import TEACHER, differing, error_of, machine_of, options, put_folder, result, rows_of
+from conftest import run as train_with
+from data import InputError
+from losses import METHODS, Method
 
-TINY = ("--crop 32 --base 32 --batch-size 2 --teacher-steps 2 --pool-steps 2 --steps 3 --log-every 2 "
-        "--val-every 10 --gpus 0").split()
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Train as main does on six drawn pictures; returns the options."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_module, "SHAPES_COUNT", {"train": 4, "val": 2, "test": 2})
-
-    def train_with(*options):
-        args = train.parse_options([*TINY, *options])
-        args.rank, args.processes, args.device = 0, 1, torch.device("cpu")
-        train.train(args)
-        return args
-
-    return train_with
+LISTEN = train.Stop.listen
+pytestmark = pytest.mark.usefixtures("small_teacher")
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """Options of one place for the data and for one teacher, which is trained by whichever test comes first."""
-    folder = tmp_path_factory.mktemp("shared")
-    return ["--data", str(folder / "data"), "--out", str(folder / "runs")]
+def folder(tmp_path_factory):
+    return put_folder(tmp_path_factory.mktemp("data") / "folder")
 
 
-def rows_of(folder):
-    with open(folder / "log.csv", newline="") as f:
-        return list(csv.DictReader(f))
+@pytest.fixture(scope="module")
+def taught(folder, small_teacher, tmp_path_factory):
+    """The output folder of a finished teacher and its pool."""
+    out = tmp_path_factory.mktemp("taught")
+    train_with(options(folder, out, "--method", "teacher"))
+    return out / "folder"
 
 
-@pytest.mark.parametrize("total, count, wanted", [(10, 3, [0, 3, 6]), (2, 5, [0, 1]), (3, None, [0, 1, 2]), (500, 2, [0, 250])])
-def test_validation_images_are_spread_over_the_split(total, count, wanted):
-    assert spread(total, count) == wanted
+@pytest.fixture
+def out(taught, tmp_path):
+    """A folder with a copy of these, which a test may change."""
+    shutil.copytree(taught / TEACHER, tmp_path / "runs/folder" / TEACHER)
+    return tmp_path / "runs"
+
+
+def last(path):
+    return torch.load(path / "last.pt", weights_only=True)
 
 
 # ---------------------------------------------------------------- methods
 
-@pytest.mark.parametrize("method", losses.METHODS)
-def test_every_method_trains_and_logs_its_terms(run, shared, method):
-    args = run("--method", method, *shared)
-    folder, weights = train.Path(args.out) / f"shapes/{method}-mit_nano-seed0", losses.METHODS[method].weights
-    rows = rows_of(folder)
-    assert [int(r["step"]) for r in rows] == [0, 2, 3]
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_logs_its_terms(folder, taught, method):
+    train_with(options(folder, taught.parent, "--method", method, "--log-every", 2))
+    run, weights = taught / f"{method}-mit_nano-seed0", METHODS[method].weights
+    rows = rows_of(run)
+    assert [int(r["step"]) for r in rows] == [0, 1, 2, 3, 4]
     for row in rows[1:]:
-        assert float(row["total"]) == pytest.approx(sum(w * float(row[f"raw_{n}"]) for n, w in weights.items()), rel=1e-4)
+        total = sum(w * float(row[f"raw_{n}"]) for n, w in weights.items())
+        assert float(row["total"]) == pytest.approx(total, rel=1e-4)
         assert all(float(row[f"raw_{n}"]) >= -1e-6 for n in weights)
-    assert json.loads((folder / "options.json").read_text())["method"] == method
+    assert json.loads((run / "results-val.json").read_text())["method"] == method
+    stage = last(run)["stage"]
+    needs = METHODS[method].needs
+    assert (stage["method"], stage["weights"]) == (method, weights)
+    assert (stage["kl"] == "forward") == (method in ("c2vkd", "pdd_fitnet", "vlfd"))
+    assert stage["teacher"] == (last(taught / TEACHER)["stage"] if "teacher" in needs else None)
+    assert stage["pool"] == (last(taught / TEACHER / "pool")["stage"] if "A_l" in needs else None)
 
 
-def test_a_new_loss_is_one_function_and_one_entry(run, shared, monkeypatch):
-    def mine(S, T, labels):
-        return losses.ce(S, T, labels) | {"mine": (S.projected.mean() - T.feature.mean()).square()}
+def test_a_new_loss_is_one_function_and_one_entry(folder, taught, monkeypatch):
+    def mine(S, T, labels, kl):
+        hint = (S.projected.mean() - T.feature.mean()).square()
+        return losses.ce(S, T, labels) | {"mine": hint * (2 if kl == "reverse" else 1)}
 
-    monkeypatch.setitem(losses.METHODS, "mine", losses.Method(mine, {"ce": 1.0, "mine": 2.0}, "teacher A_v"))
-    args = run("--method", "mine", "--weights", "mine=3", *shared)
-    row = rows_of(train.Path(args.out) / "shapes/mine-mit_nano-seed0")[-1]
-    assert float(row["weighted_mine"]) == pytest.approx(3 * float(row["raw_mine"]), rel=1e-4) and float(row["grad_mine"]) > 0
+    row = Method(mine, {"ce": 1.0, "mine": 2.0}, {"teacher", "A_v"})
+    monkeypatch.setitem(METHODS, "mine", row)
+    found = {}
+    for kl in ("forward", "reverse"):
+        train_with(options(folder, taught.parent, "--method", "mine", "--weights", "mine=3",
+                           "--kl", kl, "--name", kl))
+        found[kl] = rows_of(taught / kl)
+    first = found["forward"][1]
+    assert float(first["weighted_mine"]) == pytest.approx(3 * float(first["raw_mine"]), rel=1e-4)
+    assert float(first["grad_mine"]) > 0
+    doubled = float(found["reverse"][1]["raw_mine"])
+    assert doubled == pytest.approx(2 * float(first["raw_mine"]), rel=1e-4)
 
 
-def test_cross_entropy_needs_no_teacher_and_is_compared_with_the_others(run, tmp_path, capsys):
-    run("--method", "ce")
-    runs = tmp_path / "runs/shapes"
-    assert sorted(p.name for p in runs.iterdir()) == ["ce-mit_nano-seed0"]
+def test_measured_rows_hold_norms_and_cosines_of_a_backward_pass(folder, taught, monkeypatch):
+    """At a tenth of the steps and at the end, mean over the last steps before."""
+    found, measure = [], train.gradient_norms_and_cosines
+
+    def by_backward(terms, ce, encoder):
+        def gradient(term):
+            encoder.zero_grad()
+            term.backward(retain_graph=True)
+            return torch.cat([p.grad.flatten() for p in encoder.parameters()])
+
+        towards = gradient(ce)
+        gradients = [gradient(term) for term in terms.values()]
+        found.append([[g.norm(), torch.cosine_similarity(g, towards, 0)] for g in gradients])
+        return measure(terms, ce, encoder)
+
+    monkeypatch.setattr(train, "gradient_norms_and_cosines", by_backward)
+    few = "--steps", 12, "--log-every", 12, "--val-every", 12, "--name", "measured"
+    train_with(options(folder, taught.parent, "--method", "c2vkd", *few))
+    rows = {int(row["step"]): row for row in rows_of(taught / "measured")}
+    assert list(rows) == [0, 1, 12] and len(found) == 6  # steps 1 and 8 to 12
+    for step, wanted in ((1, found[:1]), (12, found[1:])):
+        means = torch.tensor(wanted).mean(0).tolist()
+        for name, (norm, cosine) in zip(METHODS["c2vkd"].weights, means, strict=True):
+            assert float(rows[step][f"grad_{name}"]) == pytest.approx(norm, rel=1e-3)
+            assert float(rows[step][f"cos_{name}"]) == pytest.approx(cosine, abs=1e-3)
+    assert not rows[0]["grad_pdd"] and float(rows[1]["cos_pdd"]) > 0.5
+
+
+def test_the_student_alone_needs_no_teacher_and_stands_beside_the_others(folder, tmp_path, capsys):
+    train_with(options(folder, tmp_path, "--method", "ce"))
+    runs = tmp_path / "folder"
+    assert sorted(p.name for p in runs.iterdir()) == ["ce-mit_nano-seed0", "labels.json"]
     text = capsys.readouterr().out
-    assert "stages: student mit_nano, ce: 3 steps\n" in text
-    assert "student alone" in text and "gain of" not in text
-    run("--method", "c2vkd")
-    miou = {m: json.loads((runs / f"{m}-mit_nano-seed0/results-val.json").read_text())["miou"] for m in ("ce", "c2vkd")}
-    gain = miou["c2vkd"] - miou["ce"]
-    assert f"gain of student c2vkd over student alone: {gain:+.2f} mIoU on val" in capsys.readouterr().out
-    _, rows = evaluate.compare(runs, "val")
-    assert {r["method"]: r["gain"] for r in rows} == {"ce": None, "c2vkd": pytest.approx(gain)}
-
-
-def test_a_student_alone_of_other_conditions_is_not_in_the_table(run, shared, capsys):
-    run("--method", "ce", *shared)
-    for options, shown in ((("--steps", "2", "--name", "shorter"), False), (("--name", "alike"), True)):
-        capsys.readouterr()
-        run("--method", "deit", *options, *shared)
+    assert "stages: student mit_nano, ce: 4 steps\n" in text and "student alone" in text
+    for more, shown in ((("--steps", 2), False), (("--steps", 4), True), (("--lr", 0.1), False)):
+        train_with(options(folder, tmp_path, "--method", "kd", "--name", "-".join(map(str, more)),
+                           *more))
         assert ("student alone" in capsys.readouterr().out) == shown
 
 
-def test_the_first_command_trains_teacher_and_both_students_and_prints_the_gain(run, tmp_path, monkeypatch, capsys):
-    started, batches, stream = {}, {}, train.Run.batches
+def test_the_first_command_trains_the_teacher_and_two_students_that_begin_alike(
+        tmp_path, monkeypatch, capsys):
+    begun, seen, batches = {}, {}, train.batches
 
-    def recording(self, *unlabelled):
-        name = self.folder.name.split("-")[0]
-        if self.stage == "student":
-            started[name] = {k: v.clone() for k, v in self.network.state_dict().items()}
-        for step, images, labels in stream(self, *unlabelled):
-            batches.setdefault(name, []).append((images, labels))
+    class Recording(train.Checkpoint):
+        def __init__(self, run, module, optimizer):
+            super().__init__(run, module, optimizer)
+            start = {k: v.clone() for k, v in module.state_dict().items() if "heads." not in k}
+            begun[run.folder.name] = start
+
+    def recording(run, *rest):
+        for step, images, labels in batches(run, *rest):
+            seen.setdefault(run.folder.name, []).append((images, labels))
             yield step, images, labels
 
-    monkeypatch.setattr(train.Run, "batches", recording)
-    run()
-    text = capsys.readouterr().out
-    runs = tmp_path / "runs/shapes"
-    assert sorted(p.name for p in runs.iterdir()) == ["c2vkd-mit_nano-seed0", "ce-mit_nano-seed0", "teacher-deeplabv3_resnet10"]
-    for line in ("shapes: 4 training and 2 validation images, 8 classes; recipe shapes; seed 0; device cpu",
-                 "stages: teacher deeplabv3_resnet10: 2 steps; pool: 2 steps; student mit_nano, alone: 3 steps; "
-                 "student mit_nano, c2vkd: 3 steps", "gain of student c2vkd over student alone: "):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 4, "val": 2, "test": 2})
+    monkeypatch.setattr(train, "Checkpoint", Recording)
+    monkeypatch.setattr(train, "batches", recording)
+    train_with("--crop 32 --base 32 --batch-size 2 --teacher-steps 2 --pool-steps 2 --steps 3 "
+               "--gpus 0".split())
+    text, runs = capsys.readouterr().out, tmp_path / "runs/shapes"
+    for line in ("shapes: 4 training and 2 validation images, 8 classes; recipe shapes; seed 0; ",
+                 "stages: teacher deeplabv3_resnet10: 2 steps; pool: 2 steps; "
+                 "student mit_nano, ce: 3 steps; student mit_nano, c2vkd: 3 steps"):
         assert line in text
-    head = [line.split("  ")[0] for line in text.splitlines() if line.startswith(("teacher   ", "student alone  ", "student c2vkd  "))]
-    assert head == ["teacher", "student alone", "student c2vkd"]
-    for name in ("comparison.png", "curves.png"):
-        assert (runs / "c2vkd-mit_nano-seed0" / name).stat().st_size > 1000
-
-    assert started["ce"].keys() == started["c2vkd"].keys()
-    assert all(torch.equal(v, started["c2vkd"][k]) for k, v in started["ce"].items())
-    assert len(batches["ce"]) == len(batches["c2vkd"]) == 3
-    assert all(torch.equal(a, b) for one, other in zip(batches["ce"], batches["c2vkd"]) for a, b in zip(one, other))
-
-    result = runs / "teacher-deeplabv3_resnet10/results-val.json"
-    for miou, passed in ((0, 2), (100, 0)):
-        result.write_text(json.dumps(json.loads(result.read_text()) | {"miou": miou}))
-        run()  # finished: it reads its results and prints them
-        assert capsys.readouterr().out.count("has passed its teacher") == passed
+    names = "ce-mit_nano-seed0", "c2vkd-mit_nano-seed0"
+    for name in ("comparison.png", "curves.png", "results-val.json"):
+        assert (runs / names[1] / name).stat().st_size > 100
+    alone, other = (begun[name] for name in names)
+    assert alone.keys() == other.keys()
+    assert all(torch.equal(v, other[k]) for k, v in alone.items())
+    alone, other = (seen[name] for name in names)
+    assert len(alone) == len(other) == 3
+    assert all(torch.equal(a, b) for one, two in zip(alone, other) for a, b in zip(one, two))
 
 
-# ---------------------------------------------------------------- given teachers and recipes
+def test_training_leaves_teacher_and_pool_bitwise_unchanged(folder, tmp_path):
+    args = train.parse_options(options(folder, tmp_path, "--method", "c2vkd"))
+    plan = train.Plan(args, machine_of(args), data.open_dataset("folder", folder), "labels")
+    frozen = [teacher.Teacher("deeplabv3_resnet10", 3).eval(), teacher.AttentionPool(512, 4).eval()]
+    before = [{k: v.clone() for k, v in module.state_dict().items()} for module in frozen]
+    # their parameters ask for gradients: distil itself must keep these away
+    train.distil(plan.student("c2vkd"), "none", *frozen)
+    for module, state in zip(frozen, before):
+        assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+        assert all(p.grad is None and p.requires_grad for p in module.parameters())
+        assert not any(m.training for m in module.modules())
 
-def test_a_given_teacher_needs_no_stage_one(run, capsys, tmp_path):
-    run("--method", "teacher")
-    given = tmp_path / "runs/shapes/teacher-deeplabv3_resnet10/last.pt"
-    capsys.readouterr()
-    run("--method", "teacher", "--teacher-weights", str(given), "--out", "elsewhere")
+
+def test_images_without_labels_serve_the_feature_losses_alone(tmp_path, monkeypatch, capsys):
+    unlabelled, batches = {}, train.batches
+
+    def recording(run, *rest):
+        for step, images, labels in batches(run, *rest):
+            found = (labels == data.IGNORE).all((1, 2)).sum().item()
+            name = run.folder.name
+            unlabelled[name] = unlabelled.get(name, 0) + found
+            yield step, images, labels
+
+    monkeypatch.setattr(train, "batches", recording)
+    folder = put_folder(tmp_path / "data", 4, unlabelled=4)
+    few = "--batch-size", 4, "--teacher-steps", 2, "--pool-steps", 2, "--steps", 4
+    for method in ("ce", "fitnet"):
+        train_with(options(folder, tmp_path, *few, "--method", method))
+    assert unlabelled.pop("fitnet-mit_nano-seed0") == 8  # half of 16
+    assert set(unlabelled.values()) == {0} and len(unlabelled) == 2
+    assert "4 images without labels, for methods with A_v" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the teacher is found again
+
+def test_a_finished_teacher_is_used_whatever_it_was_trained_with(folder, out, capsys):
+    before = result(out)
+    # --recipe full is another scale
+    more = ("--recipe", "full", "--student-weights", "none", "--batch-size", 4, "--crop", 64,
+            "--base", 40, "--warmup", 1, "--teacher-lr", 0.5, "--steps", 1)
+    train_with(options(folder, out, *more))
     text = capsys.readouterr().out
-    assert "teacher deeplabv3_resnet10" in text and "IoU of each class" in text and "stages: teacher" not in text
-    assert not (tmp_path / "elsewhere/shapes/teacher-deeplabv3_resnet10/last.pt").exists()
-    with pytest.raises(InputError, match="holds deeplabv3_resnet10 .* wanted deeplabv3_mobilenet_v3_large"):
-        run("--teacher-weights", str(given), "--teacher", "deeplabv3_mobilenet_v3_large", "--out", "third")
-    torch.save(torch.load(given) | {"step": 1}, tmp_path / "begun.pt")
-    with pytest.raises(InputError, match="begun.pt: trained for 1 of its 2 steps; finish it"):
-        run("--teacher-weights", str(tmp_path / "begun.pt"), "--out", "fourth")
+    for stage in ("teacher", "pool"):
+        line, = (x for x in text.splitlines() if f"this {stage} is finished and is used" in x)
+        assert line.startswith("NOTE: ")
+        for change in ("batch_size (there 2, here 4)", "crop (there 32, here 64)", "base (there 32",
+                       "scale (there [0.75, 1.5], here [0.5, 2.0])", "warmup (there 80, here 1)"):
+            assert change in line
+        assert ("rate (there 0.001, here 0.5)" in line) == (stage == "teacher")
+    now = result(out)
+    assert all(now[k] == v for k, v in before.items())
+    stage = last(out / "folder/c2vkd-mit_nano-seed0")["stage"]
+    assert stage["teacher"] == last(out / "folder" / TEACHER)["stage"] and stage["crop"] == 64
 
 
-def test_a_teacher_trained_elsewhere_is_read_from_a_plain_state_dict(run, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change, found", [
+    ("--teacher-steps 6", "steps (there 4, here 6)"),
+    ("--pool-steps 6", "steps (there 4, here 6)"),
+    ("--batch-size 4", "batch_size (there 2, here 4)")])
+def test_an_unfinished_teacher_or_one_of_other_steps_is_refused(folder, out, capsys, change, found):
+    path = out / "folder" / TEACHER / ("pool" if "pool" in change else "") / "last.pt"
+    if "batch" in change:
+        torch.save(torch.load(path) | {"step": 3}, path)
+    before = result(out)
+    message = error_of(train.main, options(folder, out, *change.split()), capsys)
+    assert f"{path}: from a different experiment: {found}; choose another --out" in message
+    assert differing(out, before) == []
+
+
+def test_the_teacher_has_a_seed_of_its_own(folder, taught, tmp_path):
+    train_with(options(folder, tmp_path, "--method", "teacher", "--seed", 7))
+    found = {k: v for k, v in result(taught).items() if k.startswith(TEACHER)}
+    assert differing(tmp_path / "folder", found) == []
+    train_with(options(folder, tmp_path, "--method", "teacher", "--teacher-seed", 1))
+    first, second = last(tmp_path / "folder" / TEACHER), last(tmp_path / f"folder/{TEACHER}-seed1")
+    assert second["stage"]["seed"] == 1
+    assert not torch.equal(first["module"]["classifier.2.weight"],
+                           second["module"]["classifier.2.weight"])
+    assert last(tmp_path / f"folder/{TEACHER}-seed1/pool")["stage"]["seed"] == 1
+
+
+def test_the_pools_report_is_printed_once(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Stop, "asked", True)
+    argv = options(folder, tmp_path, "--method", "teacher", "--teacher-steps", 1)
+    stops = 0
+    while stops < 10:
+        try:
+            train_with(argv)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    train_with(argv)
+    assert stops == 5 and capsys.readouterr().out.count("pool: ") - stops == 1
+
+
+def test_labels_that_were_changed_are_refused_by_finished_stages(folder, out, tmp_path, capsys):
+    train_with(options(folder, out, "--method", "ce"))
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = result(out)
+    train_with(options(copy, out, "--method", "ce"))  # another place is no other data
+    path = copy / "labels/val/0.png"
+    label = np.array(Image.open(path))
+    label[0] = (label[0] + 1) % 3
+    Image.fromarray(label).save(path)
+    for method, stage in (("ce", "ce-mit_nano-seed0"), ("teacher", TEACHER), ("kd", TEACHER)):
+        message = error_of(train.main, options(copy, out, "--method", method), capsys)
+        assert f"{stage}/last.pt: from a different experiment: labels (there " in message
+    (copy / "classes.txt").write_text("sky 70 130 180\nroad 128 64 128\ncar 0 0 142\n")
+    assert "classes (there ['road" in error_of(train.main, options(copy, out), capsys)
+    assert differing(out, before) == []
+
+
+# ---------------------------------------------------------------- initial weights
+
+def test_initial_weights_are_read_once(folder, tmp_path, monkeypatch):
+    """A run that began, and one that is finished, need neither the network nor the files."""
+    torch.manual_seed(1)
+    kind = teacher.TEACHERS["deeplabv3_resnet10"]
+    torch.save(kind.build(3).backbone.state_dict(), tmp_path / "backbone.pth")
+    torch.save(student.Encoder("mit_nano").state_dict(), tmp_path / "encoder.pth")
+    urls = [(tmp_path / name).as_uri() for name in ("backbone.pth", "encoder.pth")]
+    published = teacher.Kind(kind.build, kind.channels, SimpleNamespace(url=urls[0]))
+    monkeypatch.setitem(teacher.TEACHERS, "deeplabv3_resnet10", published)
+    monkeypatch.setitem(student.IMAGENET, "mit_nano", urls[1])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    argv = options(folder, tmp_path / "runs", "--teacher-weights", "imagenet", "--student-weights",
+                   "imagenet", "--teacher-steps", 1, "--pool-steps", 1, "--steps", 2)
+    loads, load = [], train.load_encoder
+    monkeypatch.setattr(train, "load_encoder", lambda *a: loads.append(1) or load(*a))
+    stop = train.schedule
+
+    def asking(step, *rest, **more):
+        train.Stop.asked = len(loads) == 2  # the student has begun
+        return stop(step, *rest, **more)
+
+    monkeypatch.setattr(train.Stop, "asked", False)
+    monkeypatch.setattr(train, "schedule", asking)
+    with pytest.raises(KeyboardInterrupt, match="student: stopped and saved at step 1"):
+        train_with(argv)
+    monkeypatch.setattr(train.Stop, "asked", False)
+    monkeypatch.setattr(train, "schedule", stop)
+    shutil.rmtree(tmp_path / "cache")
+    for name in ("backbone.pth", "encoder.pth"):
+        (tmp_path / name).unlink()
+    train_with(argv)
+    assert last(tmp_path / "runs/folder/c2vkd-mit_nano-seed0")["step"] == 2
+    train_with(argv)
+    assert len(loads) == 2
+
+
+def test_a_backbones_file_starts_stage_one(folder, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    net = teacher._resnet10(8)
-    state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}  # old files lack them
-    torch.save(state | {"aux_classifier.0.weight": torch.zeros(1)}, tmp_path / "mine.pth")
+    state = models.mobilenet_v2(weights=None).state_dict()
+    torch.save({"model": state}, tmp_path / "backbone.pth")
+    started, initialise = [], train.initialise
+
+    def recording(network, *rest):
+        initialise(network, *rest)
+        started.append({k: v.clone() for k, v in network.backbone.state_dict().items()})
+
+    monkeypatch.setattr(train, "initialise", recording)
+    train_with(options(folder, tmp_path, "--teacher", "deeplabv3_mobilenet_v2", "--teacher-weights",
+                       tmp_path / "backbone.pth", "--teacher-steps", 1, "--pool-steps", 1,
+                       "--method", "teacher"))
+    assert all(torch.equal(v, state[f"features.{k}"]) for k, v in started[0].items())
+    text = capsys.readouterr().out
+    assert "stages: teacher deeplabv3_mobilenet_v2: 1 steps; pool: 1 steps" in text
+    assert "backbone.pth: read without what surrounds its 'model'" in text
+    stage = last(tmp_path / "folder/teacher-deeplabv3_mobilenet_v2")["stage"]
+    assert stage["initial"].startswith("backbone.pth, sha256 ") and stage["rate"] == 0.01
+
+
+# ---------------------------------------------------------------- given teachers
+
+def scored(monkeypatch):
+    """A list that grows whenever a teacher is scored."""
+    found, evaluate = [], train.evaluate
+
+    def counting(network, *rest, **more):
+        if isinstance(network, teacher.Teacher):
+            found.append(network)
+        return evaluate(network, *rest, **more)
+
+    monkeypatch.setattr(train, "evaluate", counting)
+    return found
+
+
+def test_a_given_teacher_needs_no_stage_one_and_is_scored_once(folder, taught, tmp_path, capsys,
+                                                               monkeypatch):
+    found, given = scored(monkeypatch), taught / TEACHER / "last.pt"
+    argv = options(folder, tmp_path / "runs", "--method", "kd", "--teacher-weights", given)
+    capsys.readouterr()
+    for calls in (1, 1):
+        train_with(argv)
+        assert len(found) == calls
+    assert "stages: student mit_nano, kd: 4 steps\n" in capsys.readouterr().out
+    assert not list((tmp_path / "runs").rglob("teacher-*/last.pt"))
+    initial = last(tmp_path / "runs/folder/kd-mit_nano-seed0")["stage"]["teacher"]
+    assert initial["network"] == "deeplabv3_resnet10" and "last.pt, sha256" in initial["weights"]
+    with pytest.raises(InputError, match="holds deeplabv3_resnet10 .* wanted deeplabv3_resnet50"):
+        train_with([*argv, "--teacher", "deeplabv3_resnet50"])
+    torch.save(torch.load(given) | {"step": 3}, tmp_path / "begun.pt")
+    with pytest.raises(InputError, match="begun.pt: trained for 3 of its 4 steps; finish it"):
+        train_with([*argv, "--teacher-weights", str(tmp_path / "begun.pt")])
+    capsys.readouterr()
+    message = error_of(train.main, options(folder, tmp_path / "runs", "--method", "kd"), capsys)
+    assert "kd-mit_nano-seed0/last.pt: from a different experiment: teacher (there " in message
+
+
+def test_a_teacher_trained_elsewhere_is_read_from_a_plain_state_dict(folder, tmp_path, capsys,
+                                                                     monkeypatch):
+    torch.manual_seed(0)
+    state = teacher.TEACHERS["deeplabv3_resnet10"].build(3).state_dict()
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}  # an old file
+    wrapped = {f"module.{k}": v for k, v in state.items()}
+    wrapped["module.aux_classifier.0.weight"] = torch.zeros(1)
+    torch.save({"state_dict": wrapped}, tmp_path / "mine.pth")
+    found = scored(monkeypatch)
+    argv = options(folder, tmp_path / "runs", "--method", "kd", "--teacher-weights",
+                   tmp_path / "mine.pth")
     for lowest, warned in ((100.0, 1), (-1.0, 0)):
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "commonest", lambda matrix: lowest)
-            args = run("--method", "kd", "--teacher-weights", str(tmp_path / "mine.pth"))
+        monkeypatch.setattr(train, "commonest", lambda matrix: lowest)
+        train_with(argv)
         text = capsys.readouterr().out
-        assert text.count("WARNING: this teacher is no better than always answering the commonest class") == warned
-        assert "mine.pth; not loaded: 1 tensors aux_classifier" in text
-        names = [line.split()[0] for line in text.partition("IoU of each class, %")[2].splitlines()[1:9]]
-        assert names == data_module.SHAPES
-    found = train.given_teacher(args, data_module.open_dataset("shapes"))
-    assert not any(p.requires_grad for p in found.parameters()) and not found.training
-    assert all(torch.equal(v, found.state_dict()[k]) for k, v in state.items())
-    assert not list(tmp_path.rglob("teacher-*/last.pt"))
-    torch.save(teacher._resnet10(3).state_dict(), tmp_path / "three.pth")
-    with pytest.raises(InputError, match="three.pth: not deeplabv3_resnet10 with the classes of this data set: 2 tensors"):
-        run("--teacher-weights", str(tmp_path / "three.pth"))
-
-
-@pytest.mark.parametrize("gpus, recipe", [(0, "small"), (1, "full")])
-def test_the_recipe_of_own_data_follows_the_machine_and_is_printed(tmp_path, monkeypatch, capsys, gpus, recipe):
-    monkeypatch.setattr(data_module, "SHAPES_COUNT", {"train": 1, "val": 1})
-    data_module.make_shapes(tmp_path / "data")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    args = train.parse_options(["--dataset", "folder", "--data", str(tmp_path / "data")])
-    args.device = torch.device("cpu")
-    train.announce(args, data_module.open_dataset("folder", args.data), "teacher", None, [])
-    assert f"recipe {recipe};" in capsys.readouterr().out
-    assert args.gpus == gpus and args.crop == train.RECIPES[recipe]["crop"]
+        assert text.count("WARNING: this teacher is no better than always answering") == warned
+        assert "not loaded: 1 tensors of aux_classifier" in text
+        shutil.rmtree(tmp_path / "runs")
+    for network in found:
+        assert not any(p.requires_grad for p in network.parameters()) and not network.training
+        assert all(torch.equal(v, network.state_dict()[k]) for k, v in state.items())
 
 
 # ---------------------------------------------------------------- around the loop
 
-def test_a_refused_command_leaves_the_finished_runs_options_alone(run, tmp_path):
-    run("--method", "ce")
-    options = tmp_path / "runs/shapes/ce-mit_nano-seed0/options.json"
-    before = options.read_text()
-    with pytest.raises(InputError, match=r"lr \(there 0.001, here 0.5\)"):
-        run("--method", "ce", "--lr", "0.5")
-    assert options.read_text() == before
+def test_out_of_memory_in_stage_three_costs_no_second_teacher(folder, out, monkeypatch, capsys):
+    def short(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "distil", short)
+        message = error_of(train.main, options(folder, out, "--batch-size", 4), capsys)
+    assert message == ("out of GPU memory (CUDA out of memory. Tried to allocate 3 GiB): "
+                       "lower --batch-size or --crop")
+    before = result(out)
+    train_with(options(folder, out, "--batch-size", 3))
+    assert all(result(out)[k] == v for k, v in before.items())
+
+
+def test_a_second_run_in_one_folder_is_refused_but_may_read_a_finished_teacher(folder, out, capsys):
+    with data.locked(out / "folder/kd-mit_nano-seed0"), data.locked(out / "folder" / TEACHER):
+        message = error_of(train.main, options(folder, out, "--method", "kd"), capsys)
+    assert message.startswith(f"{out}/folder/kd-mit_nano-seed0: another run is at work here")
+    train_with(options(folder, out, "--method", "kd"))
 
 
 def test_a_second_signal_stops_at_once(monkeypatch, capsys):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(train.Run, "stop", False)
+    monkeypatch.setattr(train.Stop, "asked", False)
     try:
-        train.listen()
+        LISTEN()
         signal.raise_signal(signal.SIGTERM)
-        assert train.Run.stop
+        assert train.Stop.asked
         assert "stopping after the next row of the log" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("options", [["--method", "ce", "--kl", "reverse"], ["--method", "kd", "--clip", "RN101.pt"]])
-def test_options_that_a_method_would_ignore_are_refused(options):
-    with pytest.raises(InputError, match="goes with --method c2vkd"):
-        train.parse_options(options)
