@@ -96,7 +96,8 @@ def finish(process):
 
 def send_itself(number, step):
     os.setsid()
-    send = os.killpg if number == signal.SIGINT else os.kill  # Ctrl-C reaches the loader processes too
+    # Ctrl-C reaches the loader processes too
+    send = os.killpg if number == signal.SIGINT else os.kill
     steps, schedule = itertools.count(1), train.schedule
 
     def sending(*args, **kwargs):
@@ -196,7 +197,8 @@ def test_images_without_labels_are_found_again_after_a_stop(tmp_path):
     assert differing(tmp_path / "parts", result(tmp_path / "whole")) == []
 
 
-def test_checkpoints_are_written_at_validations_and_where_the_last_one_is_old(folder, tmp_path, monkeypatch):
+def test_checkpoints_are_written_at_validations_and_where_the_last_one_is_old(folder, tmp_path,
+                                                                              monkeypatch):
     """Each at the end of a row of the log, from which a run that lost later rows continues."""
     saves, save_tensors = [], train.save_tensors
 
@@ -301,8 +303,8 @@ def test_what_is_not_finite_stops_the_run_with_its_terms_and_keeps_the_checkpoin
     with monkeypatch.context() as patch:
         patch.setattr(losses, "patch_loss", loss)
         message = error_of(train.main, argv, capsys)
-    for word in ("student, step 2 of seed 0", "pdd ", "gb ", shown, "lc ", "nothing of it was saved",
-                 "lower --lr"):
+    for word in ("student, step 2 of seed 0", "pdd ", "gb ", shown, "lc ",
+                 "nothing of it was saved", "lower --lr"):
         assert word in message
     assert path.read_bytes() == before
     run(argv)
@@ -412,7 +414,7 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
                   "{d}/labels/train/0.png: mode RGB|convert it to class indices"),
     "labels that are all ignored": (
         lambda d: [put(p, 0 * np.array(Image.open(p)) + 255) for p in d.glob("labels/train/*")],
-        "", "{d}"),
+        "", "{d}: no label of train has a labelled pixel"),
     "no classes.txt": (lambda d: (d / "classes.txt").unlink(), "",
                        "{d}/classes.txt: no such file; write one line a class"),
     "name that leaves the folder": (None, "--name ..", "--name ..: leaves the folder of the runs"),

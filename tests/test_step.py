@@ -1,30 +1,35 @@
-"""One step of every stage and method: on fake CUDA tensors (only shapes, dtypes and bytes are real), and in bf16."""
+"""One step of every stage and method, on fake CUDA tensors and in bf16.
+
+Of the fake tensors only shapes, dtypes and bytes are real.
+"""
 import argparse
 import weakref
 
 import pytest
 import torch
 
-import data as data_module
+import data
 import losses
 import train
-from benchmark import SKIPPED, dry_steps
-from data import open_dataset
+from conftest import machine_of, options, put_folder
 from student import Student, StudentWithHeads
 from teacher import AttentionPool, Teacher
 
+benchmark = pytest.importorskip("benchmark")
+
 TINY = argparse.Namespace(teacher="deeplabv3_resnet10", teacher_weights="none", student="mit_nano",
                           batch_size=2, crop=64)
-FEW, MANY = 100, 400  # classes; full-size logits of the many are larger than anything else in the step
-COMPUTED = {name: method for name, method in losses.METHODS.items() if name not in SKIPPED}
+FEW, MANY = 100, 400  # classes; full-size logits of the many are the largest of all tensors
+COMPUTED = {n: method for n, method in losses.METHODS.items() if n not in benchmark.SKIPPED}
 BACKWARD = {name: losses.METHODS[name] for name in ("ce", "c2vkd")}
 
 
 @pytest.fixture(scope="module")
 def fake_steps():
-    """device, classes -> stage or method -> Step; with its backward pass on "cpu"."""
-    return {(device, classes): dict(dry_steps(device, TINY, classes, methods))
-            for device, methods in (("cuda", COMPUTED), ("cpu", BACKWARD)) for classes in (FEW, MANY)}
+    """device, classes -> stage or method -> Step, with its backward pass on "cpu"."""
+    return {(device, classes): dict(benchmark.dry_steps(device, TINY, classes, methods))
+            for device, methods in (("cuda", COMPUTED), ("cpu", BACKWARD))
+            for classes in (FEW, MANY)}
 
 
 @pytest.mark.parametrize("name", ["teacher", "pool", *COMPUTED])
@@ -40,7 +45,8 @@ def test_a_step_runs_on_cuda_tensors_and_keeps_no_full_size_logits(fake_steps, n
 
 @pytest.mark.parametrize("name", ["teacher", *BACKWARD])
 def test_the_backward_pass_recomputes_full_size_logits_of_one_image_at_a_time(fake_steps, name):
-    assert fake_steps["cpu", MANY][name].largest < 4 * TINY.batch_size * TINY.crop ** 2 * MANY
+    floats = 4 * TINY.batch_size * TINY.crop ** 2
+    assert fake_steps["cpu", MANY][name].largest < floats * MANY
 
 
 @pytest.mark.parametrize("name", losses.METHODS)
@@ -49,7 +55,7 @@ def test_every_term_is_finite_float32_under_bf16_autocast_and_close_to_float32(n
     method, classes = losses.METHODS[name], 5
     teacher = Teacher("deeplabv3_resnet10", classes).freeze()
     pool = AttentionPool(teacher.channels, 2).requires_grad_(False)
-    net = StudentWithHeads(Student("mit_nano", classes), teacher.channels if "A_v" in method.needs else None).eval()
+    net = StudentWithHeads(Student("mit_nano", classes), teacher.channels, 0, method.needs).eval()
     images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, classes, (2, 64, 64))
     labels[:, :8] = losses.IGNORE
 
@@ -58,15 +64,17 @@ def test_every_term_is_finite_float32_under_bf16_autocast_and_close_to_float32(n
             with torch.no_grad():
                 T = teacher(images)
                 T = T._replace(embedding=pool(T.feature))
-            terms = method.function(net(images), T, labels)
+            terms = method.terms(net(images), T, labels)
             loss = losses.total_loss(terms, method.weights)
         gradients = torch.autograd.grad(loss, net.student.parameters())
         return terms, torch.cat([g.flatten() for g in gradients])
 
-    (exact, gradient), (rounded, rounded_gradient) = terms_and_gradient(False), terms_and_gradient(True)
+    exact, gradient = terms_and_gradient(False)
+    rounded, rounded_gradient = terms_and_gradient(True)
     assert {t.dtype for t in rounded.values()} == {torch.float32}
     for term in exact:  # bf16 has 8 bits: 0.4% an operation
-        assert rounded[term].item() == pytest.approx(exact[term].item(), rel=0.05, abs=1e-4), term
+        wanted = pytest.approx(exact[term].item(), rel=0.05, abs=1e-4)
+        assert rounded[term].item() == wanted, term
     assert rounded_gradient.isfinite().all()
     assert torch.cosine_similarity(gradient, rounded_gradient, dim=0) > 0.95
 
@@ -79,11 +87,10 @@ def test_gradients_and_optimizer_of_stage_one_are_gone_before_stage_three(tmp_pa
             super().__init__(*args, **kwargs)
             self.made.append(weakref.ref(self))
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_module, "SHAPES_COUNT", {"train": 4, "val": 2, "test": 2})
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
-    args = train.parse_options("--crop 32 --base 32 --batch-size 2 --teacher-steps 2 --gpus 0".split())
-    args.rank, args.processes, args.device = 0, 1, torch.device("cpu")
-    teacher = train.train_teacher(args, open_dataset("shapes", None))
+    folder = put_folder(tmp_path / "data", 4)
+    args = train.parse_options(options(folder, tmp_path / "runs", "--teacher-steps", 1))
+    plan = train.Plan(args, machine_of(args), data.open_dataset("folder", folder), "labels")
+    teacher = train.train_teacher(plan.teacher(), "none")
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert [optimizer() for optimizer in Watched.made] == [None]
