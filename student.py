@@ -1,11 +1,13 @@
 """The student: a small hierarchical Vision Transformer for semantic segmentation.
 
-Encoder: MiT (SegFormer, arXiv 2105.15203) or PVTv2 (arXiv 2106.13797). Their blocks are the same
-(overlapping patch embedding, attention with spatially reduced keys and values, Mix-FFN with a
-depth-wise convolution); only the MLP ratios differ. Parameters carry the names of the official files,
-so that those load strictly. Decoder: SegFormer's all-MLP head, for both families.
+The encoder is MiT (SegFormer, arXiv 2105.15203) or PVTv2 (arXiv 2106.13797). Their blocks are the
+same, and only the ratios of their MLPs differ. A block has attention whose keys and values come
+from a smaller map, and a feed-forward part with a depth-wise convolution. The parameters have the
+names of the official files, so that those load strictly. The decoder is SegFormer's all-MLP head
+for both families.
 
-    B batch, H W image height and width, N = h * w tokens of a stage, C channels, K classes
+In the shapes below B is the batch, H and W are the image's height and width, h and w those of a
+map, N = h * w counts its tokens, C channels and K classes.
 """
 import math
 from dataclasses import dataclass
@@ -17,16 +19,17 @@ from torch import nn
 from data import InputError, load_strictly, read_weights
 from losses import Outputs
 
+
 @dataclass(frozen=True)
 class Variant:
-    """One row of VARIANTS. Tuples have one entry a stage."""
+    """One row of VARIANTS. A tuple has one entry for each of the four stages."""
     dims: tuple  # channels
     strides: tuple = (4, 2, 2, 2)  # of the patch embeddings
     depths: tuple = (2, 2, 2, 2)  # blocks
     heads: tuple = (1, 2, 5, 8)
-    reductions: tuple = (8, 4, 2, 1)  # of keys and values, a side
+    reductions: tuple = (8, 4, 2, 1)  # of the map of keys and values, a side
     mlp_ratios: tuple = (4, 4, 4, 4)
-    width: int = 256  # of the decoder
+    width: int = 256  # channels of the decoder
     drop: float = 0.1  # stochastic depth of the last block
 
 
@@ -36,12 +39,12 @@ VARIANTS = {
     "mit_b1": Variant(B1),
     "pvt_v2_b0": Variant(B0, mlp_ratios=(8, 8, 4, 4)),
     "pvt_v2_b1": Variant(B1, mlp_ratios=(8, 8, 4, 4)),
-    # ours, for small pictures on a CPU, without published weights. Its stride of 8 leaves 8x8 tokens
-    # of a 64-pixel crop to the feature losses, where the stride of 32 of the others leaves 2x2
+    # ours, for small pictures on a CPU, without published weights. Its stride of 8 leaves the
+    # feature losses 8x8 tokens of a 64-pixel crop, where the others' stride of 32 leaves 2x2
     "mit_nano": Variant((32, 64, 128, 192), strides=(2, 2, 2, 1), depths=(1, 1, 2, 1),
                         heads=(1, 2, 4, 6), width=128, drop=0.0),
 }
-IMAGENET = {  # the official files; MiT's lives in its authors' Hugging Face repository
+IMAGENET = {  # the official files. Those of MiT lie in its authors' Hugging Face repository
     "mit_b0": "https://huggingface.co/nvidia/mit-b0/resolve/main/pytorch_model.bin",
     "mit_b1": "https://huggingface.co/nvidia/mit-b1/resolve/main/pytorch_model.bin",
     "pvt_v2_b0": "https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b0.pth",
@@ -49,8 +52,10 @@ IMAGENET = {  # the official files; MiT's lives in its authors' Hugging Face rep
 }
 
 
+# ---------------------------------------------------------------- encoder
+
 class OverlapPatchEmbed(nn.Module):
-    """Strided convolution whose patches overlap, then LayerNorm: (B,C_in,H,W) -> tokens (B,N,C), h, w."""
+    """(B,C_in,H,W) -> tokens (B,N,C), h, w: a strided convolution whose patches overlap."""
 
     def __init__(self, c_in, dim, kernel, stride):
         super().__init__()
@@ -60,47 +65,49 @@ class OverlapPatchEmbed(nn.Module):
     def forward(self, x):
         x = self.proj(x)  # B,C,h,w
         h, w = x.shape[2:]
-        return self.norm(x.flatten(2).transpose(1, 2)), h, w  # B,N,C
+        return self.norm(to_tokens(x)), h, w
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, where keys and values come from a map reduced `sr` times a side (PVT)."""
+    """softmax(q k^T / sqrt(d)) v, where d is the number of channels of a head.
+
+    Keys and values come from a map that a convolution makes `sr` times smaller a side.
+    """
 
     def __init__(self, dim, heads, sr):
         super().__init__()
-        self.heads = heads
+        self.heads, self.reduced = heads, sr > 1
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
-        if sr > 1:
+        if self.reduced:
             self.sr = nn.Conv2d(dim, dim, sr, sr)
             self.norm = nn.LayerNorm(dim)
 
     def forward(self, x, h, w):
         B, N, C = x.shape
         q = self.q(x).view(B, N, self.heads, -1).transpose(1, 2)  # B,heads,N,d
-        if hasattr(self, "sr"):
-            x = self.sr(x.transpose(1, 2).reshape(B, C, h, w))  # B,C,h/sr,w/sr
-            x = self.norm(x.flatten(2).transpose(1, 2))  # B,N/sr^2,C
-        k, v = self.kv(x).view(B, -1, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        if self.reduced:
+            x = self.norm(to_tokens(self.sr(to_map(x, h, w))))  # B,N/sr^2,C
+        kv = self.kv(x).view(B, -1, 2, self.heads, C // self.heads)  # B,N/sr^2,2,heads,d
+        k, v = kv.permute(2, 0, 3, 1, 4)  # B,heads,N/sr^2,d each
         x = F.scaled_dot_product_attention(q, k, v)  # B,heads,N,d
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
 class DWConv(nn.Module):
-    """3x3 depth-wise convolution over the token map: it gives the network its sense of position."""
+    """A 3x3 depth-wise convolution of the token map. It gives the network its sense of position."""
 
     def __init__(self, dim):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x, h, w):
-        B, N, C = x.shape
-        return self.dwconv(x.transpose(1, 2).reshape(B, C, h, w)).flatten(2).transpose(1, 2)
+        return to_tokens(self.dwconv(to_map(x, h, w)))
 
 
 class MixFFN(nn.Module):
-    """fc2(GELU(dwconv(fc1(x)))) (SegFormer, Eq. 3, without its outer residual)."""
+    """fc2(GELU(dwconv(fc1(x)))), which is SegFormer's Eq. 3 without its outer residual."""
 
     def __init__(self, dim, ratio):
         super().__init__()
@@ -113,7 +120,10 @@ class MixFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm1(x)), then x + MixFFN(norm2(x)), each branch dropped with probability `drop`."""
+    """x + attention(norm1(x)), then x + MixFFN(norm2(x)).
+
+    Each branch is dropped with probability `drop` while the network is trained.
+    """
 
     def __init__(self, dim, heads, sr, ratio, drop):
         super().__init__()
@@ -135,20 +145,26 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B,3,H,W) -> maps of four stages (B,C_i,h_i,w_i), post-norm; published variants: h_i = H/4, H/8, H/16, H/32."""
+    """(B,3,H,W) -> the normalised maps (B,C_i,h_i,w_i) of the four stages.
+
+    The published variants have h_i = H/4, H/8, H/16 and H/32. variant: a row of VARIANTS.
+    """
 
     def __init__(self, variant):
         super().__init__()
-        v, blocks = VARIANTS[variant], sum(VARIANTS[variant].depths)
-        drops = (v.drop * i / (blocks - 1) for i in range(blocks))  # from 0 up, linearly
-        c_in = 3
+        v = VARIANTS[variant]
+        last = sum(v.depths) - 1
+        c_in, index = 3, 0  # index: of the block, through all stages
         for i, dim in enumerate(v.dims):
-            stage = [Block(dim, v.heads[i], v.reductions[i], v.mlp_ratios[i], next(drops))
-                     for _ in range(v.depths[i])]
+            blocks = nn.ModuleList()
+            for _ in range(v.depths[i]):
+                drop = v.drop * index / last  # from 0 up, linearly
+                blocks.append(Block(dim, v.heads[i], v.reductions[i], v.mlp_ratios[i], drop))
+                index += 1
             kernel = 7 if i == 0 else 3
-            self.add_module(f"patch_embed{i + 1}",
-                            OverlapPatchEmbed(c_in, dim, kernel, v.strides[i]))
-            self.add_module(f"block{i + 1}", nn.ModuleList(stage))
+            embed = OverlapPatchEmbed(c_in, dim, kernel, v.strides[i])
+            self.add_module(f"patch_embed{i + 1}", embed)
+            self.add_module(f"block{i + 1}", blocks)
             self.add_module(f"norm{i + 1}", nn.LayerNorm(dim, eps=1e-6))
             c_in = dim
 
@@ -158,50 +174,68 @@ class Encoder(nn.Module):
             x, h, w = getattr(self, f"patch_embed{i}")(x)
             for block in getattr(self, f"block{i}"):
                 x = block(x, h, w)
-            x = getattr(self, f"norm{i}")(x)
-            x = x.transpose(1, 2).reshape(x.shape[0], -1, h, w)  # B,C_i,h,w; len(x) would fix B in an export
+            x = to_map(getattr(self, f"norm{i}")(x), h, w)  # B,C_i,h,w
             maps.append(x)
         return maps
 
 
-class Decoder(nn.Module):
-    """SegFormer's all-MLP head: each stage to `width` channels, fused at the first stage's size.
+def to_tokens(x):
+    """(B,C,h,w) -> (B,N,C)."""
+    return x.flatten(2).transpose(1, 2)
 
-    The official head interpolates all stages, concatenates them and fuses with a 1x1 convolution.
-    Such a convolution and bilinear interpolation commute, so here each stage meets its block of the
-    fusing weights at its own size: the same function and state dict, for 0.6 of the arithmetic.
+
+def to_map(x, h, w):
+    """(B,N,C) -> (B,C,h,w)."""
+    B, N, C = x.shape
+    return x.transpose(1, 2).reshape(B, C, h, w)
+
+
+# ---------------------------------------------------------------- decoder and student
+
+class Decoder(nn.Module):
+    """SegFormer's all-MLP head: maps of four stages -> logits (B,K,h_1,w_1), fused (B,D,h_1,w_1).
+
+    D is `width`. The official head interpolates all stages to the first one's size, concatenates
+    them and fuses them with a 1x1 convolution. Such a convolution and bilinear interpolation
+    commute. So each stage meets its block of the fusing weights at its own size, which gives the
+    same function with the same state dict for 0.6 of the arithmetic.
     """
     # differs: paper and release put an FPN behind PVT, here all students have this head
 
     def __init__(self, dims, width, classes):
         super().__init__()
-        self.linears = nn.ModuleList(nn.Conv2d(c, width, 1) for c in dims)
+        self.linears = nn.ModuleList(nn.Conv2d(dim, width, 1) for dim in dims)
         self.fuse = nn.Conv2d(4 * width, width, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         self.dropout = nn.Dropout2d(0.1)
         self.classifier = nn.Conv2d(width, classes, 1)
 
     def forward(self, maps):
-        blocks = self.fuse.weight.chunk(4, dim=1)[::-1]  # the official order: last stage first
-        parts = [F.conv2d(linear(x), block)
-                 for x, linear, block in zip(maps, self.linears, blocks)]  # B,width,h_i,w_i
+        # the official fusing weights begin with the last stage
+        blocks = self.fuse.weight.chunk(4, dim=1)[::-1]
+        parts = [F.conv2d(linear(x), block)  # B,D,h_i,w_i
+                 for x, linear, block in zip(maps, self.linears, blocks)]
         fused = parts[0]
         for part in parts[1:]:
             fused = fused + F.interpolate(part, fused.shape[2:], mode="bilinear")
-        fused = F.relu(self.norm(fused))  # B,width,h_1,w_1
+        fused = F.relu(self.norm(fused))  # B,D,h_1,w_1
         return self.classifier(self.dropout(fused)), fused
 
 
 class Student(nn.Module):
-    """(B,3,H,W) -> Outputs: logits z^S (B,K,h_1,w_1), feature F^S (B,C_S,h_4,w_4), before_classifier (B,D,h_1,w_1)."""
+    """(B,3,H,W) -> Outputs, with the student's logits, its feature and the map before_classifier.
+
+    The logits z^S have shape (B,K,h_1,w_1), the feature F^S (B,C_S,h_4,w_4) and the map before the
+    classifier (B,D,h_1,w_1). variant: a row of VARIANTS.
+    """
 
     def __init__(self, variant, classes):
         super().__init__()
-        dims = VARIANTS[variant].dims
-        self.channels = dims[-1]  # C_S
+        v = VARIANTS[variant]
+        self.channels = v.dims[-1]  # C_S
         self.encoder = Encoder(variant)
-        self.decoder = Decoder(dims, VARIANTS[variant].width, classes)
-        self.apply(_init)
+        self.decoder = Decoder(v.dims, v.width, classes)
+        self.apply(initialise_layer)
 
     def forward(self, x):
         maps = self.encoder(x)
@@ -210,10 +244,14 @@ class Student(nn.Module):
 
 
 class StudentWithHeads(nn.Module):
-    """What is trained: (B,3,H,W) -> the student's Outputs, and in them what the losses alone need.
+    """What is trained: the student and two heads that the losses need and nobody deploys.
 
-    projected: A_v(F^S) (B,C_T,h_4,w_4), a 1x1 convolution without bias; embedding: e^S = A_l(F^S) (B,512), the mean
-    over positions, then a 1x1 convolution. needs: the words A_v, A_l, whichever the method reads. Neither is deployed.
+    (B,3,H,W) -> the student's Outputs with `projected` and `embedding` filled. The first is
+    A_v(F^S) (B,C_T,h_4,w_4), by a 1x1 convolution without bias. The second is e^S = A_l(F^S)
+    (B,512), by the mean over positions and such a convolution.
+
+    c_teacher: C_T, None for a student that has no teacher and no heads. seed: of the heads.
+    needs: the names of the heads that the method reads, A_v and A_l, the others are left out.
     """
 
     def __init__(self, student, c_teacher=None, seed=0, needs=("A_v", "A_l")):
@@ -221,12 +259,15 @@ class StudentWithHeads(nn.Module):
         self.student, self.heads = student, nn.ModuleDict()
         if c_teacher is None:
             return
-        with torch.random.fork_rng(devices=[]):  # apart, so that all methods' students start from the same weights
+        # a generator apart, so that the students of all methods start from the same weights
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            # differs: paper not stated, release P itself in one file and GAP + 1x1 in another, here GAP + 1x1, trained
-            heads = nn.ModuleDict({"A_v": nn.Conv2d(student.channels, c_teacher, 1, bias=False),
-                                   "A_l": nn.Conv2d(student.channels, 512, 1, bias=False)}).apply(_init)
-        # both are drawn even where one is needed: A_v then starts alike in all methods
+            A_v = nn.Conv2d(student.channels, c_teacher, 1, bias=False)
+            # differs: paper states no A_l, release has P itself in one file and a mean with a 1x1
+            # convolution in another, here the latter, and it is trained
+            A_l = nn.Conv2d(student.channels, 512, 1, bias=False)
+            # both are drawn even where one is needed, so that A_v starts alike in all methods
+            heads = nn.ModuleDict({"A_v": A_v, "A_l": A_l}).apply(initialise_layer)
         self.heads.update({name: head for name, head in heads.items() if name in needs})
 
     def forward(self, x):
@@ -234,61 +275,91 @@ class StudentWithHeads(nn.Module):
         if "A_v" in self.heads:
             S = S._replace(projected=self.heads["A_v"](S.feature))
         if "A_l" in self.heads:
-            S = S._replace(embedding=self.heads["A_l"](S.feature.mean((2, 3), keepdim=True)).flatten(1))
+            mean = S.feature.mean((2, 3), keepdim=True)  # B,C_S,1,1
+            S = S._replace(embedding=self.heads["A_l"](mean).flatten(1))
         return S
 
 
-def _init(m):
-    """The official MiT / PVTv2 initialisation."""
-    if isinstance(m, nn.Linear):
-        nn.init.trunc_normal_(m.weight, std=0.02)
-        nn.init.zeros_(m.bias)
-    elif isinstance(m, nn.Conv2d):
-        fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
-        nn.init.normal_(m.weight, 0, math.sqrt(2 / fan_out))
-        if m.bias is not None:
-            nn.init.zeros_(m.bias)
+def initialise_layer(layer):
+    """The official initialisation of MiT and PVTv2."""
+    if isinstance(layer, nn.Linear):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
+    elif isinstance(layer, nn.Conv2d):
+        height, width = layer.kernel_size
+        fan_out = height * width * layer.out_channels // layer.groups
+        nn.init.normal_(layer.weight, 0, math.sqrt(2 / fan_out))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
+
+def count_parameters(module):
+    """Number of parameters. Buffers are not counted."""
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---------------------------------------------------------------- weights of the encoder
 
 def load_encoder(encoder, variant, source):
     """Load ImageNet weights strictly into `encoder`.
 
-    source: "imagenet" (downloads the official file of `variant`), "none" (keeps the random start), or the
-    path of a plain state dict in the official PVTv2 / MiT naming or in Hugging Face's `nvidia/mit-b*`
-    naming. Returns the names in the file that were left aside (the ImageNet classifier).
+    source: "none" keeps the random start, and "imagenet" downloads the official file of `variant`.
+    Anything else is the path of a plain state dict, with the names of the official PVTv2 and MiT
+    files or with those of Hugging Face's `nvidia/mit-b*`.
+
+    Returns the names in the file that were left aside, which are those of the ImageNet classifier.
     Raises InputError for a file that does not fit.
     """
     if source == "none":
         return []
-    if source == "imagenet" and variant not in IMAGENET:
-        raise InputError(f"{variant} has no published ImageNet weights: use --student-weights none or a FILE")
-    state = _official_names(read_weights(IMAGENET[variant] if source == "imagenet" else source, "--student-weights"))
-    return load_strictly(encoder, state, source, f"the encoder of {variant}", "give --student the network of the file",
-                         aside=("head.", "classifier."))
+    path = source
+    if source == "imagenet":
+        if variant not in IMAGENET:
+            raise InputError(f"{variant} has no published ImageNet weights: use --student-weights "
+                             "none or a FILE")
+        path = IMAGENET[variant]
+    state = official_names(read_weights(path, "--student-weights"))
+    return load_strictly(encoder, state, source, f"the encoder of {variant}",
+                         "give --student the network of the file", aside=("head.", "classifier."))
 
 
-def _official_names(state):
-    """Rename Hugging Face's MiT keys to the official ones; official keys pass unchanged."""
-    renames = (("patch_embeddings", "patch_embed"), (".layer_norm.", ".norm."), ("layer_norm_", "norm"),
-               ("attention.self.", "attn."), ("attention.output.dense", "attn.proj"),
-               ("mlp.dense", "mlp.fc"), ("query", "q"))
-    out = {}
-    for key, value in state.items():
-        if not key.startswith("segformer.encoder."):
-            out[key] = value
-            continue
-        part, stage, *rest = key.removeprefix("segformer.encoder.").split(".")
-        new = f"{part}{int(stage) + 1}." + ".".join(rest)  # stages count from 0 there, from 1 here
-        new = new.replace("layer_norm", "norm", 1) if part == "layer_norm" else new
-        for old, official in renames:
-            new = new.replace(old, official)
-        out[new] = value
-    # kv = rows of key, then rows of value
-    for key in [k for k in out if ".key." in k and k.replace(".key.", ".value.") in out]:
-        out[key.replace(".key.", ".kv.")] = torch.cat([out.pop(key), out.pop(key.replace(".key.", ".value."))])
-    return out
+HUGGING_FACE = "segformer.encoder."
+RENAMES = {  # parts of Hugging Face's names -> of the official ones, in this order
+    "patch_embeddings": "patch_embed",
+    ".layer_norm.": ".norm.",
+    "layer_norm_": "norm",
+    "attention.self.": "attn.",
+    "attention.output.dense": "attn.proj",
+    "mlp.dense": "mlp.fc",
+    "query": "q",
+}
 
 
-def count_parameters(module):
-    """Number of parameters (buffers not counted)."""
-    return sum(p.numel() for p in module.parameters())
+def official_names(state):
+    """A state dict of MiT with Hugging Face's names -> with the official ones.
+
+    Official names pass unchanged.
+    """
+    renamed = {official_name(name): tensor for name, tensor in state.items()}
+    # the official kv has the rows of the key, then those of the value
+    for key in [name for name in renamed if ".key." in name]:
+        value = key.replace(".key.", ".value.")
+        if value in renamed:
+            rows = torch.cat([renamed.pop(key), renamed.pop(value)])
+            renamed[key.replace(".key.", ".kv.")] = rows
+    return renamed
+
+
+def official_name(name):
+    if not name.startswith(HUGGING_FACE):
+        return name
+    part, _, rest = name.removeprefix(HUGGING_FACE).partition(".")
+    stage, _, rest = rest.partition(".")
+    if not stage.isdecimal():
+        return name  # no name of theirs, so that the file will be refused
+    if part == "layer_norm":
+        part = "norm"
+    official = f"{part}{int(stage) + 1}.{rest}"  # stages count from 0 there, from 1 here
+    for old, new in RENAMES.items():
+        official = official.replace(old, new)
+    return official
