@@ -45,9 +45,9 @@ class Kind:
     aside: tuple = ("fc.", "classifier.")
 
     def __post_init__(self):
-        if self.channels % HEAD:
-            raise ValueError(f"a teacher with {self.channels} channels: the attention pool has "
-                             f"heads of {HEAD} channels and takes a multiple of {HEAD}")
+        if self.channels < HEAD or self.channels % HEAD:
+            raise ValueError(f"channels={self.channels}: the heads of the attention pool have "
+                             f"{HEAD} channels each, so that a teacher needs a multiple of {HEAD}")
 
 
 def torchvision_net(name):
@@ -165,20 +165,15 @@ def initialise(teacher, name, source):
     """
     if source == "none":
         return
-    kind = TEACHERS[name]
-    if source in ("imagenet", "voc") and kind.imagenet is None:
-        raise InputError(f"{name} has no published weights: use --teacher-weights none or a FILE")
-    if source == "voc":
-        source = models.get_model_weights(name)["COCO_WITH_VOC_LABELS_V1"].url
-    elif source == "imagenet":
-        source = kind.imagenet.url
+    if source in ("imagenet", "voc"):
+        source = published(name, source)
     state = read_weights(source, "--teacher-weights")
     remedy = "give --teacher the network of the file"
     if is_backbone(state):
         # torchvision's MobileNet files call layer 0 "features.0", their backbones "0"
         state = {key.removeprefix("features."): value for key, value in state.items()}
         left = load_strictly(teacher.backbone, state, source, f"the backbone of {name}", remedy,
-                             aside=kind.aside)
+                             aside=TEACHERS[name].aside)
     else:
         wanted = f"{name} with the classes of this data set"
         left = load_strictly(teacher, state, source, wanted, remedy, aside=("aux_classifier.",))
