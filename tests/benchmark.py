@@ -1,55 +1,302 @@
-"""What a training step costs.
+"""What a training step costs, in time and in memory.
 
-    python -m tests.benchmark          # measured on this machine: the step, its losses, the loader
-    python -m tests.benchmark --dry    # computed on any machine: memory and arithmetic of every recipe on a GPU
+    python -m tests.benchmark          # measured on this machine
+    python -m tests.benchmark --dry    # memory of every recipe on a GPU, computed on any machine
 
-Measured: ADE20K's sizes on a GPU, small ones on a CPU. Times are medians, memory is the peak above what was allocated
-before. Computed: one step of every stage and method on fake tensors, which have shape, dtype and device but no values.
+A measurement runs its variants in turns, so that whatever else the machine does slows all of them
+alike. Times are medians of several rounds, and ratios are medians of the rounds' ratios. On a CPU
+one thread runs and its processor time counts, on CUDA the time on the clock.
+
+What --dry computes comes from one step of every stage and method on fake tensors, which have shape,
+dtype and device but no values.
 """
 import argparse
+import copy
 import statistics
-import tempfile
+import sys
 import time
 import weakref
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 import losses
 import train
-from data import DataSet, TrainStream, draw_shapes
-from student import Student, StudentWithHeads
+from student import VARIANTS, Decoder, Student, StudentWithHeads
 from teacher import AttentionPool, PoolFitter, Teacher, pool_grid, presence
+
+MIB, GIB = 2 ** 20, 2 ** 30
+
+
+# ---------------------------------------------------------------- measured
+
+CLASSES = 150  # as ADE20K has
+CPU = SimpleNamespace(teacher="deeplabv3_mobilenet_v2", batch_size=4, crop=192, rounds=5)
+GPU = SimpleNamespace(teacher="deeplabv3_resnet101", batch_size=16, crop=512, rounds=20)
+WARM_UP = 2  # rounds that do not count
+
+
+@dataclass
+class Cost:
+    """Of one function: milliseconds of each round, and MiB of its tensors on CUDA at the most."""
+    times: list
+    peak: float = 0.0
+
+
+def measure(machine, rounds, **functions):
+    """Print and return the Cost of each function: name -> Cost."""
+    costs = {name: Cost([]) for name in functions}
+    for round_ in range(WARM_UP + rounds):
+        for name, function in functions.items():
+            milliseconds, peak = once(machine, function)
+            if round_ >= WARM_UP:
+                costs[name].times.append(milliseconds)
+                costs[name].peak = max(costs[name].peak, peak)
+    for name, cost in costs.items():
+        peak = f"{cost.peak:10,.0f} MiB" if machine.cuda else ""
+        words = name.replace("_", " ")
+        print(f"    {words:44s}{statistics.median(cost.times):10,.1f} ms{peak}", flush=True)
+    return costs
+
+
+def once(machine, function):
+    """Milliseconds and MiB of one call. The MiB are those above what was allocated before."""
+    if not machine.cuda:
+        begin = time.process_time()
+        function()
+        return 1000 * (time.process_time() - begin), 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, begin = torch.cuda.memory_allocated(), time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    milliseconds = 1000 * (time.perf_counter() - begin)
+    return milliseconds, (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def report(title, above, below, target=None):
+    """Print how many times the Costs `below` together the Cost `above` takes."""
+    ratios = [whole / sum(parts)
+              for whole, *parts in zip(above.times, *(cost.times for cost in below))]
+    wanted = f"   (target: at most {target})" if target else ""
+    print(f"  {title}: {statistics.median(ratios):.2f}{wanted}", flush=True)
+
+
+def picture(machine, batch, side):
+    """Images and labels of a batch, as train.py hands them to the networks."""
+    images = torch.randn(batch, 3, side, side, device=machine.device)
+    labels = torch.randint(0, CLASSES, (batch, side, side), device=machine.device)
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+def place(machine, module):
+    """The module where and how train.py puts it."""
+    return train.Run(None, None, None, machine, {}).place(module)
+
+
+def plain_cross_entropy(logits, labels):
+    """Cross-entropy at full size as everybody writes it."""
+    full = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
+    return F.cross_entropy(full, labels, ignore_index=losses.IGNORE)
+
+
+def training_step(machine, size, variant):
+    """A C2VKD step of train.py over its floor: teacher's forward pass, student's own learning."""
+    print(f"\nC2VKD step: {size.teacher} -> {variant}, {size.batch_size} x {size.crop} x "
+          f"{size.crop}, {CLASSES} classes")
+    teacher = place(machine, Teacher(size.teacher, CLASSES)).freeze()
+    pool = AttentionPool(teacher.channels, pool_grid(teacher, size.crop, machine.device))
+    pool = place(machine, pool).requires_grad_(False)
+    alone = place(machine, StudentWithHeads(Student(variant, CLASSES)))
+    taught = place(machine, StudentWithHeads(Student(variant, CLASSES), teacher.channels))
+    optimizer = torch.optim.AdamW(taught.parameters(), 6e-5, weight_decay=0.01,
+                                  fused=machine.cuda)
+    images, labels = picture(machine, size.batch_size, size.crop)
+    method = losses.METHODS["c2vkd"]
+
+    def teacher_forward():
+        with machine.precision(), torch.no_grad():
+            return teacher(images)
+
+    def learn_alone(loss_of):
+        alone.zero_grad()
+        with machine.precision():
+            loss = loss_of(alone(images).logits, labels)
+        loss.backward()
+
+    def c2vkd_step():
+        with machine.precision():
+            with torch.no_grad():
+                T = teacher(images)
+                T = T._replace(embedding=pool(T.feature))
+            terms = method.terms(taught(images), T, labels)
+            loss = losses.total_loss(terms, method.weights)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    costs = measure(machine, size.rounds, teacher_forward=teacher_forward,
+                    student_with_our_cross_entropy=lambda: learn_alone(losses.cross_entropy),
+                    student_with_plain_cross_entropy=lambda: learn_alone(plain_cross_entropy),
+                    c2vkd_step=c2vkd_step)
+    forward, ours, plain, step = costs.values()
+    report("step / floor with our cross-entropy", step, [forward, ours],
+           1.15 if variant == "mit_b0" else None)
+    report("step / floor with plain cross-entropy", step, [forward, plain])
+
+
+def full_size_losses(machine, size):
+    """PDD with the teacher's margin, and our cross-entropy, over plain cross-entropy."""
+    print(f"\nlosses, forward and backward: logits 2 x {CLASSES} x 64 x 64, labels 2 x 256 x 256")
+    _, labels = picture(machine, 2, 256)
+    z_S, z_T = torch.randn(2, 2, CLASSES, 64, 64, device=machine.device)
+    z_S = z_S.contiguous(memory_format=torch.channels_last).requires_grad_()
+    z_T = z_T.contiguous(memory_format=torch.channels_last)
+
+    def gradient(loss_of):
+        return lambda: torch.autograd.grad(loss_of(), z_S)
+
+    costs = measure(machine, size.rounds,
+                    pdd=gradient(lambda: losses.pdd_loss(z_S, z_T, labels)),
+                    our_cross_entropy=gradient(lambda: losses.cross_entropy(z_S, labels)),
+                    plain_cross_entropy=gradient(lambda: plain_cross_entropy(z_S, labels)))
+    report("PDD / plain cross-entropy", costs["pdd"], [costs["plain_cross_entropy"]], 1.7)
+    report("our cross-entropy / plain cross-entropy", costs["our_cross_entropy"],
+           [costs["plain_cross_entropy"]])
+
+
+class OfficialDecoder(Decoder):
+    """The same head as SegFormer's authors compute it: interpolate, concatenate, fuse."""
+
+    def forward(self, maps):
+        parts = [F.interpolate(linear(x), maps[0].shape[2:], mode="bilinear")
+                 for x, linear in zip(maps, self.linears)]  # B,D,h_1,w_1
+        fused = F.relu(self.norm(self.fuse(torch.cat(parts[::-1], 1))))
+        return self.classifier(self.dropout(fused)), fused
+
+
+def official_form(student, variant):
+    """A student with the weights of the given one and the official form of its head."""
+    v = VARIANTS[variant]
+    official = copy.deepcopy(student)
+    official.decoder = OfficialDecoder(v.dims, v.width, CLASSES)
+    official.load_state_dict(student.state_dict())
+    return official
+
+
+def transformers_segformer():
+    """transformers' SegFormer-B0 as a function of images, None where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        print("  transformers is not installed, so its SegFormer is not measured")
+        return None
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        print(f"  transformers {transformers.__version__}: its SegFormer is measured below "
+              "version 5 alone")
+        return None
+    config = transformers.SegformerConfig(num_labels=CLASSES)  # its defaults are B0's
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def student_forms(machine, size):
+    """Our student over the official form of its head and over transformers' SegFormer."""
+    variant = "mit_b0"
+    print(f"\nstudent {variant}, {CLASSES} classes: forward pass of 1 x 512 x 512, training step "
+          "of 4 x 256 x 256 with our cross-entropy")
+    student = Student(variant, CLASSES)
+    networks = {"ours": student, "official_form": official_form(student, variant)}
+    segformer = transformers_segformer()
+    if segformer:
+        networks["transformers"] = segformer
+    networks = {name: place(machine, network) for name, network in networks.items()}
+
+    def forward(network):
+        with machine.precision(), torch.no_grad():
+            return network(image).logits
+
+    def training(network):
+        network.zero_grad()
+        with machine.precision():
+            loss = losses.cross_entropy(network(images).logits, labels)
+        loss.backward()
+
+    image, _ = picture(machine, 1, 512)
+    images, labels = picture(machine, 4, 256)
+    for title, function, mode in (("forward", forward, False), ("training", training, True)):
+        calls = {}
+        for name, network in networks.items():
+            network.train(mode)
+            calls[f"{title}_{name}"] = lambda network=network: function(network)
+        costs = measure(machine, size.rounds, **calls)
+        ours, *others = costs.values()
+        for name, other in zip(list(networks)[1:], others):
+            report(f"{title}, {name.replace('_', ' ')} / ours", other, [ours])
+
+
+def process_peak():
+    """MiB of memory that this process had at the most, None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MIB if sys.platform == "darwin" else peak / 1024
+
+
+def measured():
+    """Run and print all measurements."""
+    cuda = torch.cuda.is_available()
+    machine = train.Machine(torch.device("cuda" if cuda else "cpu"))
+    train.settings(cuda)
+    torch.manual_seed(0)
+    if cuda:
+        size, where = GPU, f"{torch.cuda.get_device_name()}, networks in bf16 autocast"
+    else:
+        torch.set_num_threads(1)
+        size, where = CPU, "CPU, one thread, float32"
+    print(f"{where}, torch {torch.__version__}")
+    for variant in ("mit_b0", "mit_nano"):
+        training_step(machine, size, variant)
+    full_size_losses(machine, size)
+    student_forms(machine, size)
+    if not cuda and process_peak():
+        print(f"\npeak memory of this process: {process_peak():,.0f} MiB")
+
 
 # ---------------------------------------------------------------- computed
 
-CLASSES = {"cityscapes": 19, "voc": 21, "ade20k": 150, "full": 19}  # of each recipe; full, own data: an example
+RECIPES = {"cityscapes": 19, "voc": 21, "ade20k": 150, "full": 19}  # classes, of own data assumed
 SKIPPED = {"dist"}  # its shapes depend on the labels
 EXPLAINED = """
-saved: what autograd keeps for the backward pass; held: what else is alive between the passes (batch, outputs);
-weights: parameters, gradients and optimizer of what is trained, parameters of what is frozen; passing: the most that
-either pass holds beyond all that for a moment, recomputed full-size logits included (backward pass: as on a CPU)"""
+saved: what autograd keeps for the backward pass
+held: what else is alive between the passes, such as the batch and the outputs
+weights: parameters, gradients and optimizer of what is trained, parameters of what is frozen
+passing: the most that either pass holds beyond all that for a moment, as the backward pass does on
+a CPU"""
 
 
 @contextmanager
 def fake(device):
     """New tensors are fake ones on `device`, "cuda" even where there is none."""
-    def flash(q, k, v):  # CUDA's choice in bf16; without a GPU it would be the unfused form, which saves N x N matrices
+    # CUDA's choice in bf16. Without a GPU it would be the unfused form, which saves N x N matrices
+    def flash(q, k, v):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
-    stand_ins = {"torch.cuda.amp.common.amp_definitely_not_available": lambda: False,  # or autocast turns itself off
-                 "torch.cuda.is_bf16_supported": lambda *_, **__: True,
-                 "torch.nn.init.trunc_normal_": lambda x, **_: x}  # it looks at values
+    stand_ins = {
+        # or autocast turns itself off
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.cuda.is_bf16_supported": lambda *_, **__: True,
+        # it looks at values
+        "torch.nn.init.trunc_normal_": lambda x, **_: x}
     if device == "cuda":
         stand_ins["torch.nn.functional.scaled_dot_product_attention"] = flash
     with ExitStack() as stack:
@@ -61,7 +308,10 @@ def fake(device):
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the storages made under it: all that are alive now, the most at any moment, the largest one."""
+    """Bytes of the storages made under it.
+
+    now: of all that are alive. peak: the most at any moment. largest: of the largest one.
+    """
 
     def __init__(self):
         super().__init__()
@@ -70,57 +320,71 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
-        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
-            if storage not in self.known:
-                self.known.add(storage)
-                self.count(storage.nbytes())
-                weakref.finalize(storage, self.count, -storage.nbytes())
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.meet(x.untyped_storage())
         return out
+
+    def meet(self, storage):
+        if storage not in self.known:
+            self.known.add(storage)
+            self.count(storage.nbytes())
+            weakref.finalize(storage, self.count, -storage.nbytes())
 
     def count(self, size):
         self.now += size
         self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """What one step costs, in bytes."""
     saved: int  # storages that autograd keeps for the backward pass, parameters aside
-    after: int  # alive after the forward pass: these, the batch, the networks' outputs
-    forward: int  # the most alive during the forward pass
-    backward: int  # and during the backward pass
+    alive: int  # between the passes: these, the batch, the networks' outputs
+    forward: int  # beyond those, the most during the forward pass
+    backward: int  # and during the backward pass, 0 where it was not run
     largest: int  # storage
     weights: int  # parameters, gradients, optimizer
     terms: dict  # name -> dtype
 
 
-def dry_step(device, module, frozen, copies, forward, batch, crop, again):
-    """The Step of `forward`: images, labels -> (what the loop holds, terms). Its backward pass runs on "cpu" only.
+def dry_step(device, module, frozen, copies, forward, size, keep_graph=False):
+    """The Step of a function `forward` from images and labels to what is held and to the terms.
 
-    copies: of the parameters, kept by the optimizer; again: the graph is kept for a second backward pass.
+    copies: how many numbers the optimizer keeps for a parameter of `module`. frozen: the other
+    networks. keep_graph: the graph is kept for a second backward pass. The backward pass runs on
+    "cpu" alone, because a fake GPU cannot run it.
     """
-    own, saved = {p.untyped_storage()._cdata for p in module.parameters()}, weakref.WeakSet()
+    own = {p.untyped_storage()._cdata for p in module.parameters()}
+    saved = weakref.WeakSet()
 
-    def keep(x):
+    def pack(x):
         if x.untyped_storage()._cdata not in own:
             saved.add(x.untyped_storage())
         return x
 
-    with Alive() as alive:
-        images, labels = torch.empty(batch, 3, crop, crop), torch.zeros(batch, crop, crop, dtype=torch.long)
-        with torch.autocast(device, torch.bfloat16), saved_tensors_hooks(keep, lambda x: x):
-            held, terms = forward(images, labels)
+    with Alive() as memory:
+        images = torch.empty(size.batch_size, 3, size.crop, size.crop)
+        labels = torch.zeros(size.batch_size, size.crop, size.crop, dtype=torch.long)
+        with torch.autocast(device, torch.bfloat16), saved_tensors_hooks(pack, lambda x: x):
+            held, terms = forward(images, labels)  # held lives on until this function ends
             loss = sum(terms.values())
-        after, peak, kept = alive.now, alive.peak, sum(storage.nbytes() for storage in saved)
-        alive.peak = alive.now
+        alive, most = memory.now, memory.peak
+        kept = sum(storage.nbytes() for storage in saved)
+        memory.peak = alive
         if device == "cpu":
-            loss.backward(retain_graph=again)
-    numbers = [p.numel() for network in (module, *frozen) for p in network.parameters()]
-    numbers += [(1 + copies) * p.numel() for p in module.parameters() if p.requires_grad]
-    return Step(kept, after, peak, alive.peak, alive.largest, 4 * sum(numbers), {n: t.dtype for n, t in terms.items()})
+            loss.backward(retain_graph=keep_graph)
+    parameters = [p for network in (module, *frozen) for p in network.parameters()]
+    numbers = sum(p.numel() * (2 + copies if p.requires_grad else 1) for p in parameters)
+    return Step(kept, alive, most - alive, memory.peak - alive, memory.largest, 4 * numbers,
+                {name: term.dtype for name, term in terms.items()})
 
 
-def dry_steps(device, args, classes, methods=losses.METHODS):
-    """(name, Step) of stage 1, stage 2 and each method, with the lines of train.py's loops."""
+def dry_steps(device, recipe, classes, methods=losses.METHODS):
+    """(name, Step) of stage 1, of stage 2 and of each method, with the lines of train.py's loops.
+
+    recipe: an object with the fields teacher, teacher_weights, student, batch_size and crop.
+    """
     def train_teacher(images, labels):
         T = teacher(images)
         return T, {"ce": losses.cross_entropy(T.logits, labels)}
@@ -129,7 +393,8 @@ def dry_steps(device, args, classes, methods=losses.METHODS):
         with torch.no_grad():
             F_T = teacher(images).feature
         present = fitter(F_T).float()
-        return F_T, {"bce": F.binary_cross_entropy_with_logits(present, presence(labels, classes))}
+        wanted = presence(labels, classes)
+        return F_T, {"bce": F.binary_cross_entropy_with_logits(present, wanted)}
 
     def distil(images, labels):
         with torch.no_grad():
@@ -137,211 +402,58 @@ def dry_steps(device, args, classes, methods=losses.METHODS):
             if "A_l" in method.needs:
                 T = T._replace(embedding=pool(T.feature))
         S = module(images)
-        return (S, T), method.function(S, T, labels)
+        return (S, T), method.terms(S, T, labels)
 
     with fake(device):
-        size = args.batch_size, args.crop
-        teacher = Teacher(args.teacher, classes)
-        copies = 2 if args.teacher_weights == "none" else 1  # AdamW, SGD
-        yield "teacher", dry_step(device, teacher, [], copies, train_teacher, *size, again=False)
-        fitter = PoolFitter(teacher.freeze().channels, pool_grid(teacher, args.crop, device), classes)
-        yield "pool", dry_step(device, fitter, [teacher], 2, fit_pool, *size, again=False)
+        teacher = Teacher(recipe.teacher, classes)
+        copies = 2 if recipe.teacher_weights == "none" else 1  # AdamW, SGD
+        yield "teacher", dry_step(device, teacher, [], copies, train_teacher, recipe)
+
+        teacher.freeze()
+        grid = pool_grid(teacher, recipe.crop, device)
+        fitter = PoolFitter(teacher.channels, grid, classes)
+        yield "pool", dry_step(device, fitter, [teacher], 2, fit_pool, recipe)
+
         pool = fitter.pool.requires_grad_(False)
         for name, method in methods.items():
-            if name not in SKIPPED:
-                channels = teacher.channels if "A_v" in method.needs else None
-                module = StudentWithHeads(Student(args.student, classes), channels)
-                frozen = [n for n, word in ((teacher, "teacher"), (pool, "A_l")) if word in method.needs]
-                # a step that reports gradient norms keeps its graph
-                yield name, dry_step(device, module, frozen, 2, distil, *size, again=True)
+            if name in SKIPPED:
+                continue
+            module = StudentWithHeads(Student(recipe.student, classes), teacher.channels,
+                                      needs=method.needs)
+            frozen = [teacher] if "teacher" in method.needs else []
+            frozen += [pool] if "A_l" in method.needs else []
+            # a step that reports norms of gradients keeps its graph
+            yield name, dry_step(device, module, frozen, 2, distil, recipe, keep_graph=True)
 
 
-def arithmetic(args, classes):
-    """10^12 operations of a forward pass of each part: name -> number."""
-    counts = {}
-
-    def run(name, function, *inputs):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, torch.autocast("cuda", torch.bfloat16):
-            out = function(*inputs)
-        counts[name] = counter.get_total_flops() / 1e12
-        return out
-
-    with fake("cuda"):
-        images = torch.empty(args.batch_size, 3, args.crop, args.crop)
-        teacher = Teacher(args.teacher, classes).freeze()
-        T = run("teacher", teacher, images)
-        e_T = run("pool", AttentionPool(teacher.channels, pool_grid(teacher, args.crop, "cuda")), T.feature)
-        S = run("student", StudentWithHeads(Student(args.student, classes), teacher.channels), images)
-        run("losses of C2VKD", losses.c2vkd, S, T._replace(embedding=e_T), images[:, 0].long())
-    return counts
-
-
-def dry(recipe, classes):
+def dry(name, classes):
     """Print what each stage and method of a recipe needs on a GPU."""
-    args = argparse.Namespace(**train.RECIPES[recipe])
-    print(f"\n{recipe}: {args.teacher} -> {args.student}, {args.batch_size} x {args.crop} x {args.crop}, {classes} "
-          "classes\nTFLOP forward: " + ", ".join(f"{n} {v:.2f}" for n, v in arithmetic(args, classes).items()))
-    print("GiB           saved    held weights passing     sum   terms")
-    on_cpu = dict(dry_steps("cpu", args, classes))
-    for name, step in dry_steps("cuda", args, classes):
-        passing = max(step.forward - step.after, on_cpu[name].backward - on_cpu[name].after)
-        sizes = step.saved, step.after - step.saved, step.weights, passing, step.after + step.weights + passing
-        print(f"{name:11s}" + "".join(f"{size / 2 ** 30:8.2f}" for size in sizes) + "   "
-              + ", ".join(f"{n} {str(t).removeprefix('torch.')}" for n, t in step.terms.items()), flush=True)
+    recipe = SimpleNamespace(**train.RECIPES[name])
+    print(f"\n{name}: {recipe.teacher} -> {recipe.student}, {recipe.batch_size} x {recipe.crop} x "
+          f"{recipe.crop}, {classes} classes")
+    columns = "saved", "held", "weights", "passing", "sum"
+    print("GiB        " + "".join(f"{column:>8s}" for column in columns))
+    on_cpu = dict(dry_steps("cpu", recipe, classes))
+    for stage, step in dry_steps("cuda", recipe, classes):
+        passing = max(step.forward, on_cpu[stage].backward)
+        sizes = (step.saved, step.alive - step.saved, step.weights, passing,
+                 step.alive + step.weights + passing)
+        print(f"{stage:11s}" + "".join(f"{size / GIB:8.2f}" for size in sizes), flush=True)
 
 
-# ---------------------------------------------------------------- measured
-
-K = 150  # classes
-SIZES = {"full": dict(teacher="deeplabv3_resnet101", student="mit_b0", crop=512, batch_size=16, images=16, repeats=20),
-         "small": dict(teacher="deeplabv3_mobilenet_v3_large", student="mit_nano", crop=128, batch_size=4, images=2,
-                       repeats=5)}
-
-
-def measure(args, **functions):
-    """Print and return the median milliseconds and, on CUDA, the peak MB of each function; NaN where memory is short.
-
-    They run in turns: whatever else the machine does slows all of them alike.
-    """
-    cuda, times, peaks = torch.cuda, {name: [] for name in functions}, dict.fromkeys(functions, torch.nan)
-    for _ in range(args.repeats + 3 * args.gpus + 1):
-        for name, function in functions.items():
-            try:
-                if args.gpus:
-                    cuda.reset_peak_memory_stats()
-                    before = cuda.memory_allocated()
-                begin = time.perf_counter()
-                function()
-                if args.gpus:
-                    cuda.synchronize()
-                    peaks[name] = (cuda.max_memory_allocated() - before) / 2 ** 20
-                times[name].append(1000 * (time.perf_counter() - begin))
-            except cuda.OutOfMemoryError:
-                times[name].append(torch.nan)
-    costs = {name: (statistics.median(times[name][-args.repeats:]), peaks[name]) for name in functions}  # warm
-    for name, (milliseconds, peak) in costs.items():
-        print(f"    {name:40s}{milliseconds:10.2f} ms" + (f"{peak:10.0f} MB" if args.gpus else ""), flush=True)
-    return costs
-
-
-def whole_step(args):
-    """The parts of a step and the whole; returns its time over that of the teacher and the student alone."""
-    teacher = train.on_device(Teacher(args.teacher, K), args)[0].freeze()
-    pool = AttentionPool(teacher.channels, pool_grid(teacher, args.crop, args.device)).to(args.device)
-    pool.requires_grad_(False)
-    alone, taught = (train.on_device(StudentWithHeads(Student(args.student, K), channels), args)[0]
-                     for channels in (None, teacher.channels))
-    adamw, adamw_taught = (torch.optim.AdamW(m.parameters(), 6e-5, fused=bool(args.gpus)) for m in (alone, taught))
-    images = torch.randn(args.batch_size, 3, args.crop, args.crop, device=args.device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, K, (args.batch_size, args.crop, args.crop), device=args.device)
-    method = losses.METHODS["c2vkd"]
-
-    def teach():
-        with train.precision(args), torch.no_grad():
-            T = teacher(images)
-            return T._replace(embedding=pool(T.feature))
-
-    def learn_alone():
-        with train.precision(args):
-            loss = losses.cross_entropy(alone(images).logits, labels)
-        adamw.zero_grad()
-        loss.backward()
-
-    def distil():
-        T = teach()
-        with train.precision(args):
-            loss = losses.total_loss(method.function(taught(images), T, labels), method.weights)
-        adamw_taught.zero_grad()
-        loss.backward()
-        adamw_taught.step()
-
-    print(f"\none step: {args.teacher} -> {args.student}, {' x '.join(map(str, images.shape))}, {K} classes")
-    costs = measure(args, teacher_forward=teach, student_alone_forward_backward=learn_alone, student_adamw=adamw.step,
-                    c2vkd_step=distil)
-    *floor, whole = (milliseconds for milliseconds, _ in costs.values())
-    return whole / sum(floor)
-
-
-def single_losses(args):
-    """Losses, forward and backward, beside the equations as they are written; returns the lines of ratios."""
-    lines = []
-
-    def compare(title, shape, **forms):
-        print(f"  {title}")
-        S, T = (torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last) for _ in "ST")
-        S.requires_grad_()
-        costs = measure(args, **{n: lambda f=f: torch.autograd.grad(f(S, T), S) for n, f in forms.items()})
-        lines.extend((f"{title}: {n} / ours", *(a / b for a, b in zip(cost, costs["ours"])))
-                     for n, cost in costs.items() if n != "ours")
-        if costs["literal"][0] > 0:  # there was memory for it
-            assert torch.allclose(forms["literal"](S, T), forms["ours"](S, T), rtol=1e-3), title
-
-    def literal_patch(V_S, V_T):
-        X, Y = losses.patch_rows(V_S), losses.patch_rows(V_T)
-        return (X @ X.T - Y @ Y.T).square().mean()  # N x N
-
-    def literal_pdd(z_S, z_T):
-        onehot = F.one_hot(labels, K).movedim(-1, 1)  # B,K,H,W; every pixel is labelled here
-        probabilities = (losses.resize(z, labels.shape[1:]).softmax(1) for z in (z_S, z_T))
-        (p_t, p_nt), (q_t, q_nt) = (((p * onehot).sum(1), (p * (1 - onehot)).sum(1)) for p in probabilities)
-        q_t, q_nt = (q_t + 1) / 2, q_nt / 2
-        return 0.5 * (q_t * (q_t / p_t).log() + q_nt * (q_nt / p_nt).log()).mean()
-
-    def pdd(z_S, z_T):
-        return losses.pdd_loss(z_S, z_T, labels)
-
-    def kept(z_S, z_T):
-        with patch.object(losses, "checkpoint", lambda function, *inputs, **_: function(*inputs)):
-            return pdd(z_S, z_T)
-
-    print("\nlosses alone, forward and backward, float32")
-    labels = torch.randint(0, K, (args.batch_size, args.crop, args.crop), device=args.device)
-    compare("PDD", (args.batch_size, K, args.crop // 4, args.crop // 4), ours=pdd, literal=literal_pdd,
-            without_recomputation=kept, cross_entropy=lambda z_S, _: losses.cross_entropy(z_S, labels))
-    for C in (256, 960):
-        compare(f"patch, {args.images} x {C} x 32 x 32", (args.images, C, 32, 32), ours=losses.patch_loss,
-                literal=literal_patch)
-    return lines
-
-
-def loading(args):
-    """Images a second of the training stream, JPEG and PNG decoding included."""
-    print("\nloader, JPEG 512 x 512, resized by 0.5-2.0, crops of 512")
-    with tempfile.TemporaryDirectory() as folder:
-        files = f"{folder}/image.jpg", f"{folder}/label.png"
-        for picture, file in zip(draw_shapes(0, 0, 512), files):
-            picture.save(file)
-        data = DataSet("", list(range(K)), [], {"train": [files]}, np.arange(256))
-        for workers in (0, torch.multiprocessing.cpu_count()):
-            stream = TrainStream(data, 0, 512, 512, (0.5, 2.0), 4 * (5 + 10 * workers))
-            batches = iter(DataLoader(stream, 4, num_workers=workers, pin_memory=bool(args.gpus)))
-            next(batches)  # the workers run
-            begin = time.perf_counter()
-            rate = sum(len(images) for images, _ in batches) / (time.perf_counter() - begin)
-            print(f"    {f'{workers} workers':40s}{rate:10.1f} images a second", flush=True)
+def computed():
+    print("computed on fake CUDA tensors under bf16 autocast, nothing was measured; torch "
+          f"{torch.__version__}; without {', '.join(SKIPPED)}, whose shapes depend on the labels"
+          f"{EXPLAINED}")
+    for name, classes in RECIPES.items():
+        dry(name, classes)
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python -m tests.benchmark [options]")
-    parser.add_argument("--size", choices=SIZES, help="default: full on a GPU, small on a CPU")
-    parser.add_argument("--dry", action="store_true", help="compute what every recipe needs on a GPU instead")
-    options, gpus = parser.parse_args(), min(1, torch.cuda.device_count())
-    if options.dry:
-        print(f"computed on fake CUDA tensors under bf16 autocast, torch {torch.__version__}; nothing was measured; "
-              f"not computed: {', '.join(SKIPPED)}, whose shapes depend on the labels{EXPLAINED}")
-        for recipe, classes in CLASSES.items():
-            dry(recipe, classes)
-        return
-    args = argparse.Namespace(**SIZES[options.size or ("full" if gpus else "small")], gpus=gpus,
-                              device=torch.device("cuda" if gpus else "cpu"))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, networks in bf16 autocast" if gpus else
-          f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; memory: not measured on a CPU")
-    ratios = [("C2VKD step / (teacher forward + student alone)", whole_step(args)), *single_losses(args)]
-    loading(args)
-    print("\nratios: time" + ", memory" * gpus)
-    for name, *values in ratios:
-        print(f"  {name:60s}" + "".join(f"{v:10.2f}" for v in values if v == v))
+    parser = argparse.ArgumentParser(usage="python -m tests.benchmark [--dry]")
+    parser.add_argument("--dry", action="store_true",
+                        help="compute what every recipe needs on a GPU instead")
+    computed() if parser.parse_args().dry else measured()
 
 
 if __name__ == "__main__":
