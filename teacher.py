@@ -89,11 +89,6 @@ def _resnet10(classes):
     # the usual rates 12, 24 and 36 reach beyond the 8x8 map of a 64x64 image
     return DeepLabV3(backbone, DeepLabHead(512, classes, (2, 4)))
 
-    def __post_init__(self):
-        if self.channels < 64 or self.channels % 64:
-            raise ValueError(f"channels={self.channels}: the heads of the attention pool have 64 "
-                             "channels each, so that a teacher needs a multiple of 64")
-
 
 TEACHERS = {
     "deeplabv3_resnet101": Kind(
