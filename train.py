@@ -154,7 +154,7 @@ def fit_pool(run, teacher):
         if run.writes(step):
             log.write(step, optimizer, fitter)
             checkpoint.save_if_due(step)
-    if checkpoint.step < stage.steps:  # not fitted before
+    if run.machine.rank == 0 and not (run.folder / "report.txt").exists():
         report_pool(run, fitter, teacher)
     return fitter.pool.requires_grad_(False).eval()
 
@@ -688,8 +688,8 @@ def check_early(plan, args):
                          f"images a process on CPUs; take {2 * machine.processes} or more")
     if args.clip:
         load_clip_pool(args.clip, TEACHERS[args.teacher].channels, grid=16)
-    folders = [plan.student(method).folder for method in plan.methods]
-    if any(not (folder / "last.pt").exists() for folder in folders):
+    lasts = [plan.student(method).folder / "last.pt" for method in plan.methods]
+    if not agreed(all(last.exists() for last in lasts)):
         with one_process_first():
             student = Student(args.student, len(plan.data.classes))
             left = load_encoder(student.encoder, args.student, args.student_weights)
@@ -717,12 +717,12 @@ def announce(plan, args):
 def at_work(run):
     """Two runs never write into one folder. Finished stages may be read by many."""
     last = run.folder / "last.pt"
-    unfinished = not last.exists() or read_last(last)["step"] < run.stage.steps
-    if run.machine.rank == 0 and unfinished:
+    finished = last.exists() and read_last(last)["step"] == run.stage.steps
+    if run.machine.rank > 0 or finished:
+        yield
+    else:
         with locked(run.folder):
             yield
-    else:
-        yield
 
 
 # What a finished teacher or pool was trained with is no reason to train it again
@@ -856,11 +856,11 @@ def get_pool(plan, args, teacher, found):
 
 @torch.no_grad()
 def report_pool(run, fitter, teacher):
-    """Print the pool's mean average precision on val crops beside the class-frequency baseline."""
-    if run.machine.rank > 0:
-        return
-    stage, classes = run.stage, run.stage.classes
-    pairs = run.data.pairs["val"]
+    """Print the pool's mean average precision on val crops beside the class-frequency baseline.
+
+    The words also go into report.txt, so that they are printed once.
+    """
+    stage, classes, pairs = run.stage, run.stage.classes, run.data.pairs["val"]
     val = replace(run.data, pairs={"train": pairs})
     crops = TrainStream(val, stage.seed, stage.base, stage.crop, (1, 1), len(pairs))
     fitter.eval()
@@ -871,18 +871,23 @@ def report_pool(run, fitter, teacher):
             feature = teacher(normalise(image[None].to(run.machine.device))).feature
             found.append(fitter(feature).float().cpu())
         truth.append(presence(label[None].long(), len(classes)))
-    truth = torch.cat(truth)
+    text = words_of_pool(torch.cat(found), torch.cat(truth), classes)
+    write_atomically(run.folder / "report.txt", f"{text}\n".encode())
+    print(text)
+
+
+def words_of_pool(found, truth, classes):
+    """found: scores (M,K) of M crops. truth: which classes occur in them (M,K)."""
     frequency = truth.mean(0)
     some = (frequency > 0) & (frequency < 1)
     if not some.any():
-        print(f"pool: no class is in some of the {len(truth)} val crops and not in others: "
-              "nothing to measure")
-        return
-    precision = average_precision(torch.cat(found), truth)[some].mean()
-    always = [name for name, f in zip(classes, frequency) if f == 1]
-    print(f"pool: mean average precision on {len(truth)} val crops {100 * precision:.1f}, class "
-          f"frequency alone {100 * frequency[some].mean():.1f}; in every crop, so that they teach "
-          f"nothing: {', '.join(always) or '-'}")
+        return (f"pool: no class is in some of the {len(truth)} val crops and not in others: "
+                "nothing to measure")
+    precision = average_precision(found, truth)[some].mean()
+    always = ", ".join(name for name, f in zip(classes, frequency) if f == 1)
+    return (f"pool: mean average precision on {len(truth)} val crops {100 * precision:.1f}, class "
+            f"frequency alone {100 * frequency[some].mean():.1f}; in every crop, so that they "
+            f"teach nothing: {always or '-'}")
 
 
 # ---------------------------------------------------------------- the report
