@@ -369,7 +369,7 @@ class Log:
         self.fields = ["step", "lr", "seconds_per_step", "total"]
         self.fields += [f"{kind}_{name}" for kind in kinds for name in self.names]
         self.fields += ["val_miou"] if run.stage.stage != "pool" else []
-        if run.machine.rank == 0:
+        if run.machine.rank == 0 and begin < run.stage.steps:  # a finished log is only read
             self.cut(begin)
         self.clear()
 
