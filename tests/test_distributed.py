@@ -22,7 +22,7 @@ from teacher import AttentionPool, Teacher
 
 multiprocessing.set_forkserver_preload(["train"])  # torch is imported once, for all children
 
-# dist and cirkd are left out: theirs are sums over the labelled pixels of one process
+# without those whose sums run over the pixels of one process
 EXACT = [(m, "forward") for m in losses.METHODS if m not in ("dist", "cirkd")]
 EXACT += [("c2vkd", "reverse")]
 

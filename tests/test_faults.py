@@ -218,7 +218,13 @@ def test_checkpoints_are_written_at_validations_and_where_the_last_one_is_old(fo
 
 
 def test_a_finished_run_prints_its_table_and_changes_nothing(folder, whole, capsys):
+    def written():
+        return {path: path.stat().st_mtime_ns for path in whole[0].rglob("log.csv")}
+
+    logs = written()
     run(options(folder, whole[0]))
+    # nor written anew: others may read a finished teacher at the same time
+    assert len(logs) == 3 and written() == logs
     text = capsys.readouterr().out
     for word in ("student c2vkd", "teacher", "step 4", "IoU of each class", "comparison.png"):
         assert word in text
