@@ -19,14 +19,12 @@ import secrets
 import shutil
 import signal
 import sys
-import traceback
 import unicodedata
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +40,7 @@ IGNORE = 255
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm",
             ".pgm")
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that can change the value of a pixel
+STRETCH = {"L;2": 85, "L;4": 17}  # Pillow multiplies grey values of 2 and of 4 bits
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 # differs: paper not stated, release pads crops with black, here with the mean colour, which is zero
 # after normalising
@@ -99,55 +98,43 @@ class DataSet:
         """Class indices (H,W) uint8. Raises InputError for a file that holds something else."""
         raw = open_label(path)
         if raw.mode not in ("L", "P", "1"):
-            equal = ", three equal channels" if _is_grey(raw) else ""
-            raise LabelInputError(
-                f"{path}: mode {raw.mode}{equal}, but a label has one index byte a pixel; "
-                f"convert it to class indices{self._verb()}")
-        if ";" in raw.info["packing"] and raw.mode != "P":
-            raise LabelInputError(
-                f"{path}: a grey picture of 2 or 4 bits or inverted, whose values readers change; "
-                f"save it with 8 bits a pixel or convert it to class indices{self._verb()}")
-        if self.name == "folder" and raw.mode == "P" and (wrong := self.other_palette(raw)):
-            raise LabelInputError(f"{path}: {wrong}; convert it to class indices{self._verb()}, "
-                                  "or give it another palette")
-        values = np.array(raw, dtype=np.uint8)
-        label = self.lut[values]
-        if (label < 0).any():
+            fault = f"mode {raw.mode}, but a label has one index byte a pixel"
+        elif (other := self.other_class(raw)) is not None:
+            fault = f"its palette shows class {other}, {self.classes[other]}, at another index"
+        else:
+            values = np.array(raw, dtype=np.uint8)
+            label = self.lut[values]
+            if (label >= 0).all():
+                return label.astype(np.uint8)
             found = zip(*np.unique(values[label < 0], return_counts=True))
-            listed = ", ".join(f"{v} ({count} pixels)" for v, count in list(found)[:3])
-            raise LabelInputError(
-                f"{path}: label values outside the {len(self.classes)} classes: {listed}; "
-                f"correct the label or add the class (255 = ignore){self._verb()}")
-        return label.astype(np.uint8)
+            fault = f"label values outside the {len(self.classes)} classes: " + ", ".join(
+                f"{value} ({count} pixels)" for value, count in list(found)[:3])
+        convertible = self.name == "folder"
+        remedy = "python data.py --convert makes class indices" if convertible else "get it again"
+        raise InputError(f"{path}: {fault}; {remedy}")
 
-    def other_palette(self, raw):
-        """What is wrong with the palette of a label, "" if nothing is.
+    def other_class(self, raw):
+        """The class whose colour or grey a label's palette shows at another index, else None.
 
-        A program may have numbered the colours as it likes. That is so where half of them or more
-        are of classes.txt, and not all with their own index, or where they are the greys of other
-        classes' indices. Another palette, VOC's for instance, may lie over class indices.
+        Programs may number colours as they like. Greys tell the classes' indices where there is
+        no other colour. A palette of none of these, VOC's for instance, may lie over indices.
         """
+        if raw.mode != "P" or self.name != "folder":
+            return None
         flat = raw.getpalette("RGB")
         shown = {index: tuple(flat[3 * index:3 * index + 3])
                  for _, index in raw.getcolors() if index != IGNORE}
-        known = {i: colour for i, colour in shown.items() if colour in self.palette}
-        wrong = [i for i, colour in known.items() if [colour] != self.palette[i:i + 1]]
-        if wrong and 2 * len(known) >= len(shown):
-            name = self.classes[self.palette.index(known[wrong[0]])]
-            return f"index {wrong[0]} has the colour of {name}, in classes.txt another class"
-        greys = {i: red for i, (red, green, blue) in shown.items() if red == green == blue}
-        wrong = [i for i, grey in greys.items() if grey != i and grey < len(self.classes)]
-        if wrong and len(greys) == len(shown) and all(self.lut[g] >= 0 for g in greys.values()):
-            return f"index {wrong[0]} shows the grey {greys[wrong[0]]}, another class's index"
-        return ""
-
-    def _verb(self):
-        return " (python data.py --convert)" if self.name == "folder" else ""
+        known = {(k, k, k): k for k in range(len(self.classes))}
+        if any(len(set(colour)) > 1 for colour in shown.values()):
+            known = {}
+        known |= {colour: k for k, colour in enumerate(self.palette)}
+        return next((known[colour] for index, colour in shown.items()
+                     if known.get(colour, index) != index), None)
 
 
 def read_image(path):
     """A picture (PIL, RGB), turned as its EXIF tag says. Raises InputError naming the file."""
-    image = _open(path)
+    image, _ = _open(path)
     if image.mode[0] in "IF":  # Pillow would clip to 255
         raise InputError(f"{path}: mode {image.mode}, more than 8 bits a channel; save it with 8")
     with suppress(Exception):  # damaged EXIF data are no fault of the pixels
@@ -156,41 +143,35 @@ def read_image(path):
 
 
 def open_label(path):
-    """A label as Pillow opens it. Raises InputError for formats that change values."""
-    raw = _open(path)
+    """A label as Pillow opens it, with the values of the file.
+
+    Raises InputError for formats that change values.
+    """
+    raw, packing = _open(path)
     if raw.format in LOSSY or raw.info.get("compression") == "jpeg":
         raise InputError(f"{path}: holds {raw.format} data, whose compression changes colours and "
                          "indices; export the label again, as PNG")
+    if raw.mode in ("L", "1") and ";" in packing:
+        if packing not in STRETCH:
+            raise InputError(f"{path}: grey values packed as {packing}, which readers change; "
+                             "save it with 8 bits a pixel")
+        raw = raw.point(lambda value: value // STRETCH[packing])
     return raw
 
 
-def _is_grey(image):
-    """Whether all channels of a colour picture are equal."""
-    if image.mode not in ("RGB", "RGBA", "LA"):
-        return False
-    red, green, blue = image.convert("RGB").split()
-    return red == green == blue
-
-
 def _open(path):
+    """A picture as Pillow reads it, and how the file packs its pixels: "L;4" is 4 bits of grey."""
     try:
         image = Image.open(path)
-        # "L;4" for four bits of grey: Pillow stretches such values, and forgets it on loading
-        packing = image.tile[0][3] if image.tile else ""
-        image.info["packing"] = packing if isinstance(packing, str) else str(packing[:1])
+        packing = image.tile[0][3] if image.tile else ""  # gone after loading
         image.load()
-        return image
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; restore it or remove its partner") from None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS
         raise InputError(f"{path}: more than {limit:,} pixels; cut it into tiles") from None
     except (OSError, SyntaxError, ValueError) as e:
-        if limit := limit_of_the_machine(e):
-            raise InputError(limit) from None
-        if getattr(e, "errno", None):  # the system's, not Pillow's
-            raise InputError(f"{path}: {e.strerror}; check the path and its permissions") from None
-        raise InputError(f"{path}: truncated or not an image ({e}); get it again") from None
+        message = what_to_do(e) or f"{path}: truncated or not an image ({e}); get it again"
+        raise InputError(message) from None
+    return image, packing if isinstance(packing, str) else str((*packing, "")[0])
 
 
 # ---------------------------------------------------------------- the layouts of the data sets
@@ -209,28 +190,22 @@ def open_dataset(name, root=None, missing_ok=False):
                          "give --data a folder with images/, labels/ and classes.txt")
     layouts = {"shapes": _folder, "ade20k": _ade20k, "cityscapes": _cityscapes, "voc": _voc,
                "folder": _folder}
-    return _complete(DataSet(name, *layouts[name](root), root), missing_ok)
+    data = DataSet(name, *layouts[name](root), root)
+    for split in ("train", "val"):
+        if not data.pairs[split]:
+            raise InputError(f"{root}: no image of the {split} split found; "
+                             f"README shows the layout of {name}")
+    paths = [path for pairs in data.pairs.values() for pair in pairs for path in pair if path]
+    missing = [] if missing_ok else [path for path in paths if not path.is_file()]
+    if missing:
+        more = f" ({len(missing) - 1} more are missing)" if missing[1:] else ""
+        raise InputError(f"{missing[0]}: no such file; restore it or remove its partner{more}")
+    return data
 
 
 def data_folder(name, root=None):
     """--data, by default data/NAME."""
     return Path(root or Path("data") / name)
-
-
-def _complete(data, missing_ok=False):
-    """The data set itself. Raises InputError for a split without images, or for missing files."""
-    for split in ("train", "val"):
-        if not data.pairs[split]:
-            raise InputError(f"{data.root}: no image of the {split} split found; "
-                             f"README shows the layout of {data.name}")
-    if missing_ok:
-        return data
-    paths = (path for pairs in data.pairs.values() for pair in pairs for path in pair if path)
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        more = f" ({len(missing) - 1} more are missing)" if missing[1:] else ""
-        raise InputError(f"{missing[0]}: no such file; restore it or remove its partner{more}")
-    return data
 
 
 def pictures(folder):
@@ -241,7 +216,8 @@ def pictures(folder):
     entries = sorted(p for p in folder.glob("*") if not p.name.startswith("."))
     found = [p for p in entries if p.suffix.lower() in SUFFIXES and not p.is_dir()]
     if others := [p.name for p in entries if p not in set(found)]:
-        note(f"{folder}: {len(others)} left out, no picture that can be read here: {_some(others)}")
+        print(f"NOTE: {folder}: {len(others)} left out, no picture that can be read here: "
+              f"{_some(others)}")
     return found
 
 
@@ -262,12 +238,10 @@ def _by_stem(folder):
 
 
 def _pair_up(images, labels):
-    """Every image of a folder with the label of its name, or with None where `labels` is None."""
-    if labels is None:
-        return [(path, None) for path in pictures(images)]
+    """Every image of a folder with the label of its name."""
     images, found = _by_stem(images), _by_stem(labels)
     if alone := [label.name for stem, label in found.items() if stem not in images]:
-        note(f"{labels}: {len(alone)} labels without a picture, not used: {_some(alone)}")
+        print(f"NOTE: {labels}: {len(alone)} labels without a picture, not used: {_some(alone)}")
     return [(path, found.get(stem, labels / f"{path.stem}.png")) for stem, path in images.items()]
 
 
@@ -275,10 +249,10 @@ def _some(names):
     return ", ".join(names[:3]) + (" ..." if names[3:] else "")
 
 
-def _lut(values):
-    """Table in which values[k] -> k, 255 -> 255 and everything else -> -1 (not allowed)."""
+def _lut(values, ignored=(IGNORE,)):
+    """Table in which values[k] -> k, `ignored` -> 255 and everything else -> -1 (not allowed)."""
     lut = np.full(256, -1, np.int16)
-    lut[IGNORE] = IGNORE
+    lut[list(ignored)] = IGNORE
     lut[list(values)] = np.arange(len(values))
     return lut
 
@@ -290,71 +264,47 @@ def voc_palette(n):
     return [tuple(channel(index, number) for number in range(3)) for index in range(n)]
 
 
-def _folder(root, labelmap=False):
-    if labelmap and not (root / "classes.txt").is_file():
-        classes, palette = _read_labelmap(root / "labelmap.txt")
-    else:
-        classes, palette = _read_classes(root / "classes.txt")
+def _folder(root):
+    classes, palette = _read_classes(root)
     pairs = {split: _pair_up(root / "images" / split, root / "labels" / split)
              for split in ("train", "val", "test")}
-    pairs["unlabelled"] = _pair_up(root / "images" / "unlabelled", None)
+    pairs["unlabelled"] = [(path, None) for path in pictures(root / "images" / "unlabelled")]
     return classes, palette, pairs, _lut(range(len(classes)))
 
 
-def _read_classes(path):
-    """Names and colours of classes.txt."""
+def _read_classes(root):
+    """Names and colours of classes.txt or, where there is none, of CVAT's labelmap.txt."""
+    path, comment = root / "classes.txt", None
+    form, pattern = "name R G B", r"(.+?)\s+(\d+)\s+(\d+)\s+(\d+)"
+    if not path.is_file() and (root / "labelmap.txt").is_file():
+        path, comment = root / "labelmap.txt", "#"
+        form, pattern = "name:R,G,B::", r"([^:]+):(\d+),(\d+),(\d+)(?::.*)?"
     if not path.is_file():
-        cvat = "; --convert reads CVAT's labelmap.txt" \
-            if path.with_name("labelmap.txt").is_file() else ""
-        raise InputError(f"{path}: no such file; write one line a class: name R G B{cvat}")
+        raise InputError(f"{path}: no such file; write one line a class: name R G B")
     classes, palette = [], []
-    for number, line in enumerate(_lines(path), 1):
-        words = line.split()
-        name, colour = " ".join(words[:-3]), words[-3:]
-        if not name or not _is_colour(colour):
-            raise InputError(f"{path}, line {number}: {line!r} is not 'name R G B' "
-                             "with three numbers 0..255")
-        classes.append(name)
-        palette.append(tuple(int(c) for c in colour))
-    return _possible(path, classes, palette)
-
-
-def _read_labelmap(path):
-    """Names and colours of CVAT's labelmap.txt, lines of name:R,G,B:parts:actions."""
-    if not path.is_file():
-        raise InputError(f"{path.parent}: neither classes.txt nor CVAT's labelmap.txt in it; "
-                         "write classes.txt, one line a class: name R G B")
-    classes, palette = [], []
-    for number, line in enumerate(_lines(path), 1):
-        if line.startswith("#") or not line.strip():
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or comment and line.startswith(comment):
             continue
-        name, _, rest = line.partition(":")
-        colour = rest.partition(":")[0].split(",")
-        if not name or not _is_colour(colour):
-            raise InputError(f"{path}, line {number}: {line!r} is not 'name:R,G,B::'")
-        classes.append(" ".join(name.split()))
-        palette.append(tuple(int(c) for c in colour))
-    return _possible(path, classes, palette)
+        found = re.fullmatch(pattern, line.strip())
+        colour = tuple(map(int, found.groups()[1:])) if found else (256,)
+        if max(colour) > 255:
+            raise InputError(f"{path}, line {number}: {line!r} is not '{form}' "
+                             "with three numbers 0..255")
+        if colour in palette:
+            raise InputError(f"{path}, line {number}: {found[1]} has the colour of "
+                             f"{classes[palette.index(colour)]}; give each class its own")
+        classes.append(" ".join(found[1].split()))
+        palette.append(colour)
+    if not 2 <= len(set(classes)) == len(classes) <= 255:
+        raise InputError(f"{path}: {len(classes)} classes, {len(set(classes))} names; "
+                         "2 to 255, all different, are possible")
+    return classes, palette
 
 
 def _write_classes(path, classes, palette):
     lines = (f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(classes, palette))
     path.write_text("".join(lines), encoding="utf-8")
-
-
-def _lines(path):
-    return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-
-
-def _is_colour(words):
-    return len(words) == 3 and all(w.strip().isdecimal() and int(w) < 256 for w in words)
-
-
-def _possible(path, classes, palette):
-    if not 2 <= len(set(classes)) == len(classes) <= 255:
-        raise InputError(f"{path}: {len(classes)} classes, {len(set(classes))} names; "
-                         "2 to 255, all different, are possible")
-    return classes, palette
 
 
 def _ade20k(root):
@@ -368,10 +318,8 @@ def _ade20k(root):
         raise InputError(f"{info}: {len(names)} classes instead of 150; unpack the archive again")
     pairs = {short: _pair_up(folder / "images" / split, folder / "annotations" / split)
              for short, split in (("train", "training"), ("val", "validation"))}
-    lut = _lut(range(1, 151))
-    lut[0] = IGNORE  # "other objects", not evaluated
-    lut[IGNORE] = -1
-    return names, voc_palette(151)[1:], pairs, lut
+    # 0 is "other objects", not evaluated
+    return names, voc_palette(151)[1:], pairs, _lut(range(1, 151), ignored=[0])
 
 
 def _cityscapes(root):
@@ -383,10 +331,7 @@ def _cityscapes(root):
     pairs = {split: _cityscapes_pairs(root, split)
              for split in ("train", "val")}  # the test split's labels are void: never scored
     values, names, palette = zip(*CITYSCAPES)
-    lut = np.full(256, -1, np.int16)
-    lut[:34] = IGNORE
-    lut[list(values)] = np.arange(len(values))
-    return list(names), list(palette), pairs, lut
+    return list(names), list(palette), pairs, _lut(values, ignored=range(34))
 
 
 def _cityscapes_pairs(root, split):
@@ -519,406 +464,11 @@ def normalise(images):
     return torch.stack([(x.float() / 255 - mean) / std for x, mean, std in channels], 1)
 
 
-# ---------------------------------------------------------------- what the labels hold
-
-@dataclass
-class LabelScan:
-    """What all labels hold, one entry a split.
-
-    counts: pixels of each class index, int64 (256,), with the ignored ones at 255.
-    labels: how many there are; empty: how many have no labelled pixel.
-    binary: how many hold the indices 0 and 255 and no other.
-    digest: sha256 of the names and bytes of train's and val's labels, wherever they lie.
-    """
-    counts: dict
-    labels: dict
-    empty: dict
-    binary: dict
-    digest: str
-
-
-def scan_labels(data, cache=None):
-    """Read every label of every split once, with a bar -> LabelScan.
-
-    cache: a json file that keeps what was read. Only labels whose path, size or time of change
-    are not in it are read again. Raises InputError for the first label that cannot be used.
-    """
-    splits = {split: [label for _, label in pairs if label] for split, pairs in data.pairs.items()}
-    splits = {split: labels for split, labels in splits.items() if labels}
-    known = _read_cache(cache, data) if cache else {}
-
-    def look(path):
-        stamp = _stamp(path)
-        old = known.get(os.path.abspath(path))
-        return old if old and old["stamp"] == stamp else _look(data, path, stamp)
-
-    paths = [label for labels in splits.values() for label in labels]
-    found = dict(zip(paths, in_threads(look, paths, desc="reading labels", unit="labels")))
-    entries = {os.path.abspath(path): entry for path, entry in found.items()}
-    if cache and entries != known:
-        Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"reading": _reading(data), "labels": entries})
-        write_atomically(cache, text.encode(), shared=True)
-    return _summary(splits, found)
-
-
-def _look(data, path, stamp):
-    """What one label holds, as it is kept in the cache."""
-    counts = np.bincount(data.read_label(path).ravel(), minlength=256)
-    return {"stamp": stamp, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "pixels": {str(value): int(counts[value]) for value in counts.nonzero()[0]}}
-
-
-def _summary(splits, found):
-    scan, digest = LabelScan({}, {}, {}, {}, ""), hashlib.sha256()
-    for split, labels in splits.items():
-        pixels = [found[path]["pixels"] for path in labels]
-        total = sum(map(Counter, pixels), Counter())
-        scan.counts[split] = np.array([total[str(value)] for value in range(256)])
-        scan.labels[split] = len(labels)
-        scan.empty[split] = sum(set(held) == {"255"} for held in pixels)
-        scan.binary[split] = sum(set(held) == {"0", "255"} for held in pixels)
-        if split != "test":  # new labels to test on change nothing that was trained
-            lines = (f"{split}/{_stem(path)} {found[path]['sha256']}\n" for path in labels)
-            digest.update("".join(lines).encode())
-    scan.digest = digest.hexdigest()
-    return scan
-
-
-def _stamp(path):
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; restore it or remove its partner") from None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _reading(data):
-    """What else decides how a label is read."""
-    means = repr((1, data.name, data.classes, data.palette, data.lut.tolist()))
-    return hashlib.sha256(means.encode()).hexdigest()
-
-
-def _read_cache(path, data):
-    try:
-        content = json.loads(Path(path).read_text())
-        return content["labels"] if content["reading"] == _reading(data) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def judge_labels(data, scan):
-    """Lines to print about labels that are readable and yet may not be what was meant.
-
-    Raises InputError where train has fewer than two classes or val has nothing to score.
-    """
-    lines = []
-    for split, counts in scan.counts.items():
-        present = [name for name, count in zip(data.classes, counts) if count]
-        absent = [name for name in data.classes if name not in present]
-        if not present and split != "test":
-            raise InputError(f"{data.root}: no label of {split} has a labelled pixel: all are 255, "
-                             "which means ignored; export the labels as class indices")
-        if split == "train" and len(present) == 1:
-            hint = _about_255(data) if scan.binary[split] else "export them as class indices"
-            raise InputError(f"{data.root}: the labels of train hold one class, {present[0]}, and "
-                             f"two are needed; {hint}")
-        if absent:
-            effect = "they cannot be learned" if split == "train" else "they are not scored"
-            lines.append(f"NOTE: classes without a pixel in {split}, {effect}: {', '.join(absent)}")
-        some = f"of the {scan.labels[split]} labels of {split}"
-        if scan.empty[split]:
-            lines.append(f"NOTE: {scan.empty[split]} {some} have no labelled pixel: all are 255, "
-                         "which means ignored")
-        if scan.binary[split] and data.name == "folder":
-            lines.append(f"NOTE: {scan.binary[split]} {some} hold only the values 0 and 255. "
-                         f"{_about_255(data)}")
-    return lines
-
-
-def _about_255(data):
-    return ("255 means ignored. To make it a class: python data.py --convert OUT --dataset folder "
-            f'--data {data.root} --map "255={data.classes[1]}"')
-
-
-# ---------------------------------------------------------------- data.py --check
-
-def check(data):
-    """Read every file of every split and print each fault as one line.
-
-    Returns how many pairs are faulty, and a Counter of what the labels among them hold instead of
-    class indices: colours (red, green, blue), or values where they are grey.
-    """
-    def fault(pair):
-        try:
-            data.read(*pair)
-        except InputError as e:
-            return e
-
-    faults, held = 0, Counter()
-    for split, pairs in data.pairs.items():
-        places = [(split, index) for index in range(len(pairs))]
-        found = in_threads(fault, places, desc=f"checking {split}", unit="images")
-        for (_, label), error in zip(pairs, found):
-            if error:
-                faults += 1
-                print(error)
-            if isinstance(error, LabelInputError):
-                with suppress(InputError):  # the fault is printed already
-                    held += _held(data, label)
-    return faults, held
-
-
-def _held(data, path):
-    """How often each colour (red, green, blue) or grey value occurs in a label."""
-    kind, codes = label_codes(data, path)
-    codes = zip(*(part.tolist() for part in np.unique(codes, return_counts=True)))
-    return Counter({_colour(code) if kind == "colour" else code: count for code, count in codes})
-
-
-def _show(data, held, total, most=12):
-    """Print the commonest colours or values, their share of all pixels and what they stand for."""
-    known = dict(enumerate(data.classes)) | {IGNORE: "ignored"}
-    for colour, name in zip(data.palette, data.classes):
-        known[colour] = f"{known[colour]} and {name}" if colour in known else name
-    for what, count in held.most_common(most):
-        print(f"  {what}  {count / total:.1%}  {known.get(what, 'not in classes.txt')}")
-    if len(held) > most:
-        print(f"  and {len(held) - most} more")
-
-
-def _shared_colours(data):
-    """A sentence on classes that colours cannot tell apart, "" if there are none."""
-    groups = [[name for name, own in zip(data.classes, data.palette) if own == colour]
-              for colour in dict.fromkeys(data.palette)]
-    groups = [" and ".join(names) for names in groups if len(names) > 1]
-    return f"classes of one colour: {'; '.join(groups)}" if groups else ""
-
-
-# ---------------------------------------------------------------- data.py --convert
-
-def convert(data, out, mapping=None, ignored=()):
-    """Write a `folder` data set with index labels into the new folder `out`, all of it or nothing.
-
-    Colour pictures and palettes are read by the colours of the classes, grey ones by their values.
-    Three equal channels are one value, unless all their colours are those of classes.
-    mapping: value -> class index, for grey labels. ignored: colours (red, green, blue) that become
-    255. Labels that hold class indices already stay as they are; pictures are copied.
-    Raises InputError for colours or values without a class, which are listed first.
-    """
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: exists already; give --convert the name of a new folder")
-    pairs = [(split, *pair) for split, some in data.pairs.items() for pair in some]
-    labels = [label for _, _, label in pairs if label]
-    seen = {"value": Counter(), "colour": Counter()}
-    survey = partial(_held, data)
-    for held in in_threads(survey, labels, desc="reading labels", unit="labels"):
-        for what, count in held.items():
-            seen["colour" if isinstance(what, tuple) else "value"][what] += count
-    table = _conversion(data, seen, mapping or {}, ignored)
-
-    part = own_name(out)
-    try:
-        def write(item):
-            split, image, label = item
-            _copy(image, part / "images" / split / image.name)
-            if label:
-                target = part / "labels" / split / f"{image.stem}.png"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(_converted(data, label, table)).save(target)
-
-        in_threads(write, pairs, desc=f"writing {out}", unit="pictures")
-        _write_classes(part / "classes.txt", data.classes, data.palette)
-        # what was written must be what training can use
-        written = open_dataset("folder", part)
-        lines = judge_labels(replace(written, root=data.root), scan_labels(written))
-        if not publish(part, out):
-            raise InputError(f"{out}: another process has made it; give another name")
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    print("\n".join([*lines, f"{out}: {len(labels)} labels as class indices, {len(pairs)} pictures "
-                     "copied, classes.txt; use it as --dataset folder --data"]))
-
-
-def label_codes(data, path):
-    """What a label file holds: "value" or "colour", and one number a pixel, int64 (H,W).
-
-    A colour is 65536 red + 256 green + blue. A palette is read by its colours only where its
-    indices are not class indices. Raises InputError for what cannot be told without loss.
-    """
-    image = open_label(path)
-    packing = image.info["packing"]
-    stretched = {"L;2": 85, "L;4": 17}  # undo what Pillow does to 2 or 4 bits
-    inverted = image.mode in ("L", "1") and ";" in packing and packing not in stretched
-    if image.mode == "F" or inverted:
-        raise InputError(f"{path}: fractions or inverted values ({image.mode} {packing}), which "
-                         "are no class indices; export the label again, as PNG")
-    if image.mode in ("L", "1") or image.mode[0] == "I":
-        stretch = stretched.get(packing, 1)
-        return "value", np.array(image).astype(np.int64) // stretch
-    if image.mode == "P" and not data.other_palette(image):
-        return "value", np.array(image).astype(np.int64)
-    if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema()[0] < 255:
-        raise InputError(f"{path}: has transparent pixels, which are of no class; "
-                         "export it without transparency")
-    return "colour", np.array(image.convert("RGB")).astype(np.int64) @ (65536, 256, 1)
-
-
-def _conversion(data, seen, mapping, ignored):
-    """The class index of every value and colour in `seen`, each a dict. Raises InputError."""
-    if both := [colour for colour in ignored if colour in data.palette]:
-        name = data.classes[data.palette.index(both[0])]
-        raise InputError(f"--ignore-colour {','.join(map(str, both[0]))}: the colour of {name}; "
-                         "take that class out of classes.txt first")
-    greys = {colour for colour in seen["colour"] if len(set(colour)) == 1}
-    by_value = greys == set(seen["colour"]) and not ignored and (
-        mapping or not greys <= set(data.palette))
-    if greys == set(seen["colour"]) and not by_value and not mapping:
-        _refuse_ambiguous(data, greys)
-    values = seen["value"] + Counter(
-        {colour[0]: seen["colour"][colour] for colour in greys if by_value})
-    of_value = _map_values(data, values, mapping)
-    if by_value:
-        return {"value": of_value, "colour": {colour: of_value[colour[0]] for colour in greys}}
-
-    if seen["colour"] and (shared := _shared_colours(data)):
-        raise InputError(f"{data.root}: {shared}; give each class a colour of its own")
-    of_colour = {colour: k for k, colour in enumerate(data.palette)}
-    of_colour |= dict.fromkeys(ignored, IGNORE)
-    _refuse_unknown(data, seen["colour"], of_colour, "colours that classes.txt lacks",
-                    "correct classes.txt, or name those to be ignored with --ignore-colour R,G,B")
-    return {"value": of_value, "colour": of_colour}
-
-
-def _map_values(data, values, mapping):
-    """The class index of every value: as `mapping` says, else the value itself."""
-    if unused := [value for value in mapping if value not in values]:
-        raise InputError(f"--map {unused[0]}=...: no label holds the value {unused[0]}; "
-                         f"they hold {_some([str(v) for v in sorted(values)])}")
-    of_value = {v: int(data.lut[v]) for v in values if v <= 255 and data.lut[v] >= 0} | mapping
-    _refuse_unknown(data, values, of_value, f"values outside the {len(data.classes)} classes",
-                    "name their classes with --map VALUE=CLASS, or VALUE=ignore")
-    targets = {k: value for value, k in mapping.items() if k != IGNORE}
-    for value in values.keys() - mapping.keys():
-        if of_value[value] in targets:
-            other = targets[of_value[value]]
-            k = of_value[value]
-            raise InputError(f"--map {other}={k}: the value {value} means this class, too; "
-                             f"if so, add {value}={k}, else map it elsewhere")
-    return of_value
-
-
-def _refuse_unknown(data, found, known, what, remedy):
-    unknown = Counter({k: count for k, count in found.items() if k not in known})
-    if unknown:
-        share = unknown.total() / found.total()
-        print(f"{what}, and their share of the pixels:")
-        _show(data, unknown, found.total())
-        raise InputError(f"{data.root}: {len(unknown)} {what}, {share:.2%} of the pixels, are "
-                         f"listed above; nothing was written; {remedy}")
-
-
-def _refuse_ambiguous(data, greys):
-    """Three equal channels may be colours of classes and indices of other ones."""
-    for grey in sorted(greys):
-        if grey[0] < len(data.classes) and data.palette.index(grey) != grey[0]:
-            by_colour, by_value = data.classes[data.palette.index(grey)], data.classes[grey[0]]
-            raise InputError(f"{data.root}: the grey {grey[0]} is the colour of {by_colour} and "
-                             f"the index of {by_value}; say which with --map {grey[0]}=CLASS")
-
-
-def _converted(data, path, table):
-    """The class indices (H,W) uint8 of one label."""
-    kind, codes = label_codes(data, path)
-    values, places = np.unique(codes, return_inverse=True)
-    values = map(_colour, values.tolist()) if kind == "colour" else values.tolist()
-    return np.array([table[kind][v] for v in values], np.uint8)[places].reshape(codes.shape)
-
-
-def _colour(code):
-    return code >> 16, code >> 8 & 255, code & 255
-
-
-def _copy(path, target):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
-
-
-# ---------------------------------------------------------------- the command line
-
-def main():
-    parser = Parser(description="Check a data set before hours are spent on it, or convert labels.")
-    verb = parser.add_mutually_exclusive_group(required=True)
-    verb.add_argument("--check", action="store_true", help="read every file, list every fault")
-    verb.add_argument("--convert", metavar="OUT", help="write index labels into this new folder")
-    parser.add_argument("--dataset", required=True, choices=DATASETS)
-    parser.add_argument("--data", metavar="DIR", help="its folder (default: data/NAME)")
-    parser.add_argument("--map", nargs="+", default=[], metavar="VALUE=CLASS",
-                        help="of grey labels: name or index of the class, or ignore")
-    parser.add_argument("--ignore-colour", nargs="+", default=[], metavar="R,G,B", type=_triple,
-                        help="colours that become 255")
-    args = parser.parse_args()
-    if args.check and (args.map or args.ignore_colour):
-        parser.error("--map and --ignore-colour go with --convert")
-    if args.check:
-        return _check_command(args.dataset, args.data)
-    if args.dataset != "folder":
-        raise InputError(f"--dataset {args.dataset}: its labels need no conversion; "
-                         "--convert goes with --dataset folder")
-    root = data_folder("folder", args.data)
-    data = _complete(DataSet("folder", *_folder(root, labelmap=True), root))
-    convert(data, args.convert, _mapping(args.map, data.classes), args.ignore_colour)
-
-
-def _check_command(name, root):
-    data = open_dataset(name, root, missing_ok=True)
-    faults, held = check(data)
-    if held and name == "folder":
-        print(f"{len(held)} colours or values in labels that hold no class indices, "
-              "the commonest and their share:")
-        _show(data, held, held.total())
-        print(f"python data.py --convert OUT --dataset folder --data {data.root}\n"
-              "writes class indices into the new folder OUT")
-    if shared := name == "folder" and _shared_colours(data):
-        print(f"NOTE: {shared}; neither colour labels nor pictures can tell them apart")
-    counts = ", ".join(f"{split}: {len(pairs)} images" for split, pairs in data.pairs.items())
-    print(f"{counts}, {len(data.classes)} classes, {faults} faulty")
-    if faults:
-        raise InputError(f"{faults} faulty files are listed above; mend or remove them")
-    scan = scan_labels(data)
-    for split, counts in scan.counts.items():
-        print(f"{split}: {counts[IGNORE] / counts.sum():.1%} of the labels' pixels are ignored")
-    print("\n".join(judge_labels(data, scan) or ["every class has a pixel in every split"]))
-
-
-def _triple(text):
-    colour = text.split(",")
-    if not _is_colour(colour):
-        raise argparse.ArgumentTypeError(f"must be R,G,B with three numbers 0..255, not {text}")
-    return tuple(map(int, colour))
-
-
-def _mapping(items, classes):
-    """--map as a dict, value -> class index. Raises InputError."""
-    known = {str(k): k for k in range(len(classes))}
-    known |= {name: k for k, name in enumerate(classes)} | {"ignore": IGNORE, "255": IGNORE}
-    mapping = {}
-    for item in items:
-        value, _, name = item.partition("=")
-        if not value.isdecimal() or name not in known or int(value) in mapping:
-            raise InputError(f"--map {item}: takes VALUE=CLASS once a value, with the class's "
-                             f"name, its index 0 to {len(classes) - 1}, or ignore")
-        mapping[int(value)] = known[name]
-    return mapping
-
-
 # ---------------------------------------------------------------- shapes, the embedded data set
 
 def make_shapes(root, seed=0):
     """Draw `shapes`, in the layout of `folder`; picture i depends on (seed, split, i) alone."""
-    part = own_name(root)
-    try:
+    with scratch(root) as part:
         for number, (split, count) in enumerate(SHAPES_COUNT.items()):
             for kind in ("images", "labels"):
                 (part / kind / split).mkdir(parents=True)
@@ -928,8 +478,6 @@ def make_shapes(root, seed=0):
                 label.save(part / "labels" / split / f"{i:04d}.png")
         _write_classes(part / "classes.txt", SHAPES, voc_palette(len(SHAPES)))
         publish(part, root)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def draw_shapes(seed, index, size=SHAPES_SIZE):
@@ -998,6 +546,283 @@ def _outline(kind, rng, size):
     return mask
 
 
+# ---------------------------------------------------------------- what the labels hold
+
+@dataclass
+class LabelScan:
+    """What all labels hold.
+
+    labels: split -> one Counter a label, class index -> pixels, with the ignored ones at 255.
+    digest: sha256 of the names and bytes of train's and val's labels, wherever they lie.
+    """
+    labels: dict
+    digest: str
+
+    def total(self, split):
+        """Pixels of each class index in all labels of a split, as a Counter."""
+        total = Counter()
+        for label in self.labels[split]:
+            total.update(label)
+        return total
+
+
+def scan_labels(data, cache=None):
+    """Read every label of every split once, with a bar -> LabelScan.
+
+    cache: a json file that keeps what was read. A label is read again where its path, size or time
+    of change is not in it, or the classes are others. Raises InputError for the first label that
+    cannot be used.
+    """
+    meaning = repr((data.name, data.classes, data.palette, data.lut.tolist()))
+    meaning = hashlib.sha256(meaning.encode()).hexdigest()
+    known = {}
+    if cache:
+        with suppress(OSError, ValueError):
+            known = json.loads(Path(cache).read_text())
+
+    def look(path):
+        status = path.stat()
+        key = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {meaning}"
+        if key in known:
+            return key, known[key]
+        counts = np.bincount(data.read_label(path).ravel(), minlength=256)
+        pixels = {str(value): int(counts[value]) for value in counts.nonzero()[0]}
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return key, {"sha256": digest, "pixels": pixels}
+
+    places = [(split, label) for split, pairs in data.pairs.items() for _, label in pairs if label]
+    found = in_threads(look, [label for _, label in places], desc="reading labels", unit="labels")
+    if cache and (entries := dict(found)) != known:
+        Path(cache).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache, json.dumps(entries).encode())
+
+    labels, digest = {}, hashlib.sha256()
+    for (split, path), (_, entry) in zip(places, found):
+        held = Counter({int(value): count for value, count in entry["pixels"].items()})
+        labels.setdefault(split, []).append(held)
+        if split != "test":  # new labels to test on change nothing that was trained
+            digest.update(f"{split}/{_stem(path)} {entry['sha256']}\n".encode())
+    return LabelScan(labels, digest.hexdigest())
+
+
+def judge_labels(data, scan):
+    """Lines to print about labels that are readable and yet may not be what was meant.
+
+    Raises InputError where train has fewer than two classes or val has nothing to score.
+    """
+    lines = []
+    about_255 = ("255 means ignored. To make it a class: python data.py --convert OUT --dataset "
+                 f'folder --data {data.root} --map "255={data.classes[1]}"')
+    for split, labels in scan.labels.items():
+        total = scan.total(split)
+        present = [name for k, name in enumerate(data.classes) if total[k]]
+        absent = [name for name in data.classes if name not in present]
+        binary = sum(label.keys() == {0, IGNORE} for label in labels)
+        if not present and split != "test":
+            raise InputError(f"{data.root}: no label of {split} has a labelled pixel: all are 255, "
+                             "which means ignored; export the labels as class indices")
+        if split == "train" and len(present) == 1:
+            hint = about_255 if binary else "export them as class indices"
+            raise InputError(f"{data.root}: the labels of train hold one class, {present[0]}, and "
+                             f"two are needed; {hint}")
+        if absent:
+            effect = "they cannot be learned" if split == "train" else "they are not scored"
+            lines.append(f"NOTE: classes without a pixel in {split}, {effect}: {', '.join(absent)}")
+        if binary and data.name == "folder":
+            lines.append(f"NOTE: {binary} of the {len(labels)} labels of {split} hold only the "
+                         f"values 0 and 255. {about_255}")
+    return lines
+
+
+def check(name, root):
+    """Read every file of a data set, print each fault as one line, and what the labels hold.
+
+    Raises InputError where there are faults.
+    """
+    data = open_dataset(name, root, missing_ok=True)
+
+    def fault(place):
+        try:
+            data.read(*place)
+        except InputError as e:
+            return str(e)
+
+    places = [(split, index) for split, pairs in data.pairs.items() for index in range(len(pairs))]
+    found = in_threads(fault, places, desc="checking", unit="images")
+    faults = [line for line in found if line]
+    print(*faults, sep="\n", end="\n" if faults else "")
+    counts = ", ".join(f"{split}: {len(pairs)} images" for split, pairs in data.pairs.items())
+    print(f"{counts}, {len(data.classes)} classes, {len(faults)} faulty")
+    if faults:
+        raise InputError(f"{len(faults)} faulty files are listed above; mend or remove them")
+    scan = scan_labels(data)
+    for split in scan.labels:
+        total = scan.total(split)
+        print(f"{split}: {total[IGNORE] / total.total():.1%} of the labels' pixels are ignored")
+    print("\n".join(judge_labels(data, scan) or ["every class has a pixel in every split"]))
+
+
+# ---------------------------------------------------------------- data.py --convert
+
+def convert(data, out, mapping, ignored):
+    """Write a `folder` data set with index labels into the new folder `out`, all of it or nothing.
+
+    mapping and ignored: as in `class_table`. Pictures are copied. Raises InputError for colours
+    and values without a class, and for labels that training could not use.
+    """
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"{out}: exists already; give --convert the name of a new folder")
+    pairs = [(split, *pair) for split, some in data.pairs.items() for pair in some]
+    labels = [label for _, _, label in pairs if label]
+
+    def count(path):
+        found, places = label_codes(data, path)
+        return dict(zip(found, np.bincount(places.ravel()).tolist()))
+
+    seen = Counter()
+    for held in in_threads(count, labels, desc="reading labels", unit="labels"):
+        seen.update(held)
+    table = class_table(data, seen, mapping, ignored)
+
+    def write(pair):
+        split, image, label = pair
+        copy = part / "images" / split / image.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(image, copy)
+        if label:
+            found, places = label_codes(data, label)
+            indices = np.array([table[what] for what in found], np.uint8)[places]
+            target = part / "labels" / split / f"{image.stem}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(indices).save(target)
+
+    with scratch(out) as part:
+        in_threads(write, pairs, desc=f"writing {out}", unit="pictures")
+        _write_classes(part / "classes.txt", data.classes, data.palette)
+        # what was written must be what training can use
+        written = open_dataset("folder", part)
+        scan = scan_labels(written)
+        written.root = data.root
+        lines = judge_labels(written, scan)
+        os.rename(part, out)
+    print(*lines, f"{out}: {len(labels)} labels as class indices, {len(pairs)} pictures copied, "
+          "classes.txt; use it as --dataset folder --data", sep="\n")
+
+
+def label_codes(data, path):
+    """The values (int) or colours (red, green, blue) of a label, and which one each pixel has.
+
+    Returns a list and an array (H,W) of places in it. A palette is read by its colours only where
+    its indices are not class indices. Raises InputError for what cannot be told without loss.
+    """
+    image = open_label(path)
+    grey = image.mode in ("L", "1") or image.mode[0] == "I"
+    if grey or image.mode == "P" and data.other_class(image) is None:
+        codes = np.array(image).astype(np.int64)
+        found, places = np.unique(codes, return_inverse=True)
+        return found.tolist(), places.reshape(codes.shape)
+    if image.mode not in ("RGB", "RGBA", "LA", "P"):
+        raise InputError(f"{path}: mode {image.mode}, neither colours nor whole numbers; "
+                         "export the label again, as PNG")
+    if "A" in image.mode and image.getchannel("A").getextrema()[0] < 255:
+        raise InputError(f"{path}: has transparent pixels, which are of no class; "
+                         "export it without transparency")
+    codes = np.array(image.convert("RGB")).astype(np.int64) @ (65536, 256, 1)
+    found, places = np.unique(codes, return_inverse=True)
+    colours = [(code >> 16, code >> 8 & 255, code & 255) for code in found.tolist()]
+    return colours, places.reshape(codes.shape)
+
+
+def class_table(data, seen, mapping, ignored):
+    """The class index of every value (int) and colour (red, green, blue) in labels.
+
+    seen: Counter, value or colour -> pixels. mapping: value -> class index, in place of the value
+    itself. ignored: colours that become 255. Colours are those of the classes. Where all colours
+    are greys and `mapping` is given, or not all greys are colours of classes, each is its value.
+    Raises InputError for what has no class or could have two, and lists it.
+    """
+    known = {colour: k for k, colour in enumerate(data.palette)}
+    colours = {what for what in seen if isinstance(what, tuple)}
+    greys = {colour for colour in colours if len(set(colour)) == 1}
+    all_grey = greys == colours and not ignored
+    by_value = all_grey and bool(mapping or greys - known.keys())
+
+    table = {value: int(k) for value, k in enumerate(data.lut) if k >= 0} | mapping
+    if by_value:
+        table |= {(value, value, value): k for value, k in table.items()}
+    else:
+        table |= known | dict.fromkeys(ignored, IGNORE)
+    unknown = Counter({what: count for what, count in seen.items() if what not in table})
+    if unknown:
+        print("without a class, and their share of the pixels:")
+        for what, count in unknown.most_common(12):
+            print(f"  {what}  {count / seen.total():.1%}")
+        raise InputError(
+            f"{data.root}: {len(unknown)} values or colours without a class, the commonest are "
+            "listed above; nothing was written; correct classes.txt, or name the classes of values "
+            "with --map VALUE=CLASS, colours to be ignored with --ignore-colour R,G,B")
+
+    doubtful = sorted(greys) if all_grey and not by_value else ()
+    for value, _, _ in doubtful:
+        k = known[value, value, value]
+        if value < len(data.classes) and k != value:
+            raise InputError(
+                f"{data.root}: the grey {value} is the colour of {data.classes[k]} and the index "
+                f"of {data.classes[value]}; say which with --map {value}=CLASS")
+    values = seen.keys() - colours | {value for value, *_ in greys if by_value}
+    for value, k in mapping.items():
+        if others := [v for v in values - mapping.keys() if table[v] == k != IGNORE]:
+            raise InputError(f"--map {value}={k}: the value {others[0]} means this class, too; "
+                             f"if so, add {others[0]}={k}, else map it elsewhere")
+    return table
+
+
+def main():
+    parser = Parser(description="Check a data set before hours are spent on it, or convert labels.")
+    verb = parser.add_mutually_exclusive_group(required=True)
+    verb.add_argument("--check", action="store_true", help="read every file, list every fault")
+    verb.add_argument("--convert", metavar="OUT", help="write index labels into this new folder")
+    parser.add_argument("--dataset", required=True, choices=DATASETS)
+    parser.add_argument("--data", metavar="DIR", help="its folder (default: data/NAME)")
+    parser.add_argument("--map", nargs="+", default=[], metavar="VALUE=CLASS",
+                        help="of grey labels: name or index of the class, or ignore")
+    parser.add_argument("--ignore-colour", nargs="+", default=[], metavar="R,G,B", type=_colour,
+                        help="colours that become 255")
+    args = parser.parse_args()
+    if args.check and (args.map or args.ignore_colour):
+        parser.error("--map and --ignore-colour go with --convert")
+    if args.check:
+        return check(args.dataset, args.data)
+    if args.dataset != "folder":
+        parser.error(f"--dataset {args.dataset}: its labels need no conversion; "
+                     "--convert goes with --dataset folder")
+    data = open_dataset("folder", args.data)
+    convert(data, args.convert, _mapping(args.map, data.classes), args.ignore_colour)
+
+
+def _colour(text):
+    """A `type` for argparse: R,G,B as three numbers."""
+    found = re.fullmatch(r"(\d+),(\d+),(\d+)", text)
+    if not found or max(map(int, found.groups())) > 255:
+        raise argparse.ArgumentTypeError(f"must be R,G,B with three numbers 0..255, not {text}")
+    return tuple(map(int, found.groups()))
+
+
+def _mapping(items, classes):
+    """--map as a dict, value -> class index. Raises InputError."""
+    known = {str(k): k for k in range(len(classes))}
+    known |= {name: k for k, name in enumerate(classes)} | {"ignore": IGNORE, "255": IGNORE}
+    mapping = {}
+    for item in items:
+        value, _, name = item.partition("=")
+        if not value.isdecimal() or name not in known or int(value) in mapping:
+            raise InputError(f"--map {item}: takes VALUE=CLASS once a value, with the class's "
+                             f"name, its index 0 to {len(classes) - 1}, or ignore")
+        mapping[int(value)] = known[name]
+    return mapping
+
+
 # ---------------------------------------------------------------- downloads
 
 def download(name, root):
@@ -1010,7 +835,12 @@ def download(name, root):
     root.mkdir(parents=True, exist_ok=True)
     archive = root / Path(url).name
     if not archive.exists():
-        _fetch(url, archive)
+        print(f"downloading {url} to {root}", flush=True)
+        try:
+            torch.hub.download_url_to_file(url, archive, progress=sys.stderr.isatty())
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            raise InputError(f"{url}: cannot download it ({e}); "
+                             f"get it elsewhere and unpack it in {root}") from None
     try:
         with open(archive, "rb") as f:
             found = hashlib.file_digest(f, algorithm).hexdigest()
@@ -1019,43 +849,17 @@ def download(name, root):
             raise InputError(
                 f"{archive}: {algorithm} {found} instead of {digest}: deleted; run the same "
                 f"command again, or get {url} elsewhere and unpack it in {root}")
-        _unpack(archive, folder)
+        print(f"unpacking {archive}", flush=True)
+        with scratch(root / "unpacking") as part:
+            # members that lead out of `part` are left out of a zip, and a tar with such is refused
+            safe = "data" if archive.suffix == ".tar" else None
+            shutil.unpack_archive(archive, part, filter=safe)
+            publish(part / folder, root / folder)
     except OSError as e:
         if not (root / folder).is_dir():  # else another process was first, and removed the archive
             raise InputError(f"{archive}: cannot unpack it ({e}); "
                              "free some space or give --data a larger disk") from None
     archive.unlink(missing_ok=True)
-
-
-def _unpack(archive, folder):
-    print(f"unpacking {archive}", flush=True)
-    part = own_name(archive.parent / "unpacking")
-    # neither form writes outside `part`: of a zip, members that lead there are left out, a tar with
-    # such members is refused
-    how = {} if archive.suffix == ".zip" else {"filter": "data"}
-    try:
-        shutil.unpack_archive(archive, part, **how)
-        publish(part / folder, archive.parent / folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _fetch(url, archive):
-    print(f"downloading {url} to {archive.parent}", flush=True)
-    part = own_name(archive)
-    try:
-        with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as f:
-            size = int(reply.headers.get("Content-Length") or 0)
-            with progress(total=size or None, unit="B", unit_scale=True) as bar:
-                while block := reply.read(2 ** 20):
-                    f.write(block)
-                    bar.update(len(block))
-        os.replace(part, archive)
-    except (OSError, ValueError, http.client.HTTPException) as e:
-        raise InputError(f"{url}: cannot download it ({e}); "
-                         f"get it elsewhere and unpack it in {archive.parent}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- errors and the console
@@ -1064,118 +868,60 @@ class InputError(Exception):
     """A mistake in what the user gave: one line that names the file and the remedy, exit code 2."""
 
 
-class LabelInputError(InputError):
-    """A label file that holds something else than the classes' indices, colours for instance."""
-
-
-class Console:
-    """A text stream that ends no work: it replaces what it cannot show, drops what it cannot write.
-
-    stream: sys.stdout or sys.stderr, None or closed where the program was started without.
-    """
-
-    def __init__(self, stream):
-        usable = stream is not None and not stream.closed
-        self.stream = stream if usable else open(os.devnull, "w")
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def write(self, text):
-        with suppress(OSError, ValueError):  # a closed pipe, a lost terminal, a full disk
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with suppress(OSError, ValueError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
 def command(main):
     """Run a script's `main`. What a user can mend is one line on stderr and an exit code."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(Console, streams)
-    try:
-        code, message = _run(main)
-        sys.stdout.flush()  # so that the message comes last, where both go to one file
-        if message:
-            print(" ".join(message.split()), file=sys.stderr)
-    finally:
-        sys.stdout, sys.stderr = streams
-        for stream in streams:
-            _let_go(stream)
-    if code:
-        sys.exit(code)
-
-
-def _run(main):
-    """Exit code and message of `main`. Errors that nobody can mend keep their traceback."""
+    # started without one: what is printed goes nowhere
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        return 0, ""
+        sys.stdout.flush()
+        return
     except InputError as e:  # a loader process puts its traceback in front
-        return 2, f"error: {str(e).rpartition('InputError: ')[2]}"
-    except torch.cuda.OutOfMemoryError as e:
-        reason = str(e).splitlines()[0]
-        return 2, f"error: out of GPU memory ({reason}): lower --batch-size or --crop"
+        code, message = 2, f"error: {str(e).rpartition('InputError: ')[2]}"
     except KeyboardInterrupt as e:
-        return 130, str(e) or "interrupted; run the same command again to continue"
-    except (OSError, RuntimeError, EOFError) as e:
-        message = limit_of_the_machine(e) or _fault_of_the_system(e)
-        if not message:
+        code, message = 130, str(e) or "interrupted; run the same command again to continue"
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as e:  # those that nobody can mend keep their traceback
+        if not what_to_do(e):
             raise
-        return 2, f"error: {message}"
+        code, message = 2, f"error: {what_to_do(e)}"
+    sys.stdout.flush()  # so that the message comes last, where both go to one file
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
 
 
-def _let_go(stream):
-    """Leave nothing in a stream that Python would fail to write at its end."""
-    try:
-        if stream:
-            stream.flush()
-    except (OSError, ValueError):
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+# words in an error of a limit of the machine, and what to do about it
+LIMITS = (
+    (("CUDA out of memory",), "out of GPU memory: lower --batch-size or --crop"),
+    (("Too many open files", "ancdata"),
+     "too many open files: take fewer --workers, --workers 0 for none, "
+     "or raise the limit (ulimit -n)"),
+    # of torch's shared memory; other libraries have limits of that name, too
+    (("Bus error", "unable to mmap", "unable to open shared memory object <",
+      "unable to allocate shared memory", "unable to resize file <", "unable to write to file <"),
+     "too little shared memory (/dev/shm) for the loader processes: take --workers 0, "
+     "or start the container with more of it, as with --shm-size 8g"),
+    (("DataLoader worker (pid", "ConnectionResetError", "EOFError"),
+     "a loader process died (out of memory?): run the same command again with fewer --workers"),
+)
 
 
-# of torch's shared memory; other libraries have limits of that name, too
-SHARED_MEMORY = ("Bus error", "unable to mmap", "unable to open shared memory object <",
-                 "unable to allocate shared memory", "unable to resize file <",
-                 "unable to write to file <")
-
-
-def limit_of_the_machine(error):
-    """What to do about an error that comes from a limit of the machine, "" for other errors."""
-    text, number = str(error), getattr(error, "errno", None)
-    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancdata" in text:
-        return ("too many open files: take fewer --workers, --workers 0 for none, "
-                "or raise the limit (ulimit -n)")
-    loading = any("torch/utils/data" in frame.filename.replace(os.sep, "/")
-                  for frame in traceback.extract_tb(error.__traceback__))
-    if any(words in text for words in SHARED_MEMORY) or loading and number == errno.ENOSPC:
-        return ("too little shared memory (/dev/shm) for the loader processes: take --workers 0, "
-                "or start the container with more of it, as with --shm-size 8g")
-    cut_off = loading and isinstance(error, (ConnectionError, EOFError))
-    if cut_off or "DataLoader worker (pid" in text:
-        return ("a loader process died (out of memory?): "
-                "run the same command again with fewer --workers")
+def what_to_do(error):
+    """One line about an error of the machine or its file system, "" for other errors."""
+    text = f"{type(error).__name__}: {error}"
+    for words, advice in LIMITS:
+        if any(word in text for word in words):
+            return advice
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    name = getattr(error, "filename", None) or full and "the disk or /dev/shm (see --workers)"
+    if name:
+        return f"{name}: {error.strerror}; check the path, its permissions and the free space"
     return ""
-
-
-def _fault_of_the_system(error):
-    if not isinstance(error, OSError):
-        return ""
-    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return ""  # nothing to mend in a path or on the disk: the traceback says more
-    return (f"{error.filename or 'output'}: {error.strerror}; "
-            "check the path, its permissions and the free space")
-
-
-@lru_cache(maxsize=None)
-def note(text):
-    """Print a NOTE, once however often a data set is opened."""
-    print(f"NOTE: {text}")
 
 
 # ---------------------------------------------------------------- options, bars, processes
@@ -1200,7 +946,6 @@ def at_least(least, kind=int, below=math.inf):
 
 def progress(iterable=None, disable=False, **kwargs):
     """tqdm's bar; none where stderr is no terminal."""
-    disable = disable or sys.stderr is None
     return tqdm(iterable, disable=disable or None, dynamic_ncols=True, **kwargs)
 
 
@@ -1209,11 +954,8 @@ def in_threads(function, items, **bar):
 
     Decoding and reading files let other threads run.
     """
-    pool = ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1)))
-    try:
+    with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
         return list(progress(pool.map(function, items), total=len(items), **bar))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 LOCKS = set()  # the open files of `locked`
@@ -1240,27 +982,23 @@ def locked(folder):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock:
         try:
-            _lock(lock)
+            if sys.platform == "win32":
+                import msvcrt
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 raise InputError(f"{folder}: another run is at work here; wait until it has ended, "
                                  "or choose another --out or --name") from None
-            note(f"{folder}: its file system has no locks ({e.strerror}), so that a second run "
-                 "here would go unnoticed")
+            print(f"NOTE: {folder}: its file system has no locks ({e.strerror}), so that a second "
+                  "run here would go unnoticed")
         LOCKS.add(lock)
         try:
             yield
         finally:
             LOCKS.discard(lock)
-
-
-def _lock(file):
-    if sys.platform == "win32":
-        import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # ---------------------------------------------------------------- files
@@ -1270,26 +1008,33 @@ def own_name(path):
     return path.with_name(f"{path.name}.part-{secrets.token_hex(4)}")
 
 
-def publish(part, folder):
-    """Rename a complete folder to its place -> True; False where another process was first."""
+@contextmanager
+def scratch(path):
+    """A new folder beside `path`. What is not renamed out of it is deleted in the end."""
+    part = own_name(path)
+    part.mkdir(parents=True)
     try:
-        if os.name == "nt" and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # elsewhere an empty folder is replaced
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def publish(part, folder):
+    """Rename a complete folder to its place, unless another process was first."""
+    try:
         os.rename(part, folder)
-        return True
     except OSError:
         if not folder.is_dir():
             raise
-        return False
 
 
-def write_atomically(path, content, shared=False):
+def write_atomically(path, content):
     """Write bytes beside `path`, sync, rename: a kill leaves the old file or the new one.
 
-    shared: several processes may write the file at once.
+    Raises InputError where that fails.
     """
     path = Path(path)
-    part = own_name(path) if shared else path.with_name(path.name + ".part")
+    part = own_name(path)
     try:
         with open(part, "wb") as f:
             f.write(content)
@@ -1297,10 +1042,11 @@ def write_atomically(path, content, shared=False):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        with suppress(OSError):
-            part.unlink()
         raise InputError(f"{path}: cannot write it ({e}); "
                          "free some space or choose another place") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def save_tensors(path, content):
@@ -1313,44 +1059,29 @@ def save_tensors(path, content):
 # ---------------------------------------------------------------- weights
 
 def load_checkpoint(path, keys=()):
-    """Our own checkpoint as a dict, tensors and plain values only.
+    """What torch.save wrote, a dict of tensors and plain values only.
 
     Raises InputError if it is not one, or lacks one of `keys`.
     """
-    state = _load(path)
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; give the file in it, {path / 'last.pt'} for a run")
+    try:
+        # torchvision's training scripts save their options beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the path of a last.pt") from None
+    except Exception as e:
+        objects = re.search(r"GLOBAL (\S+)", str(e))  # not opened here: they can run code
+        reason = f"it holds objects of Python, {objects[1]}" if objects else str(e)[:80]
+        raise InputError(f"{path}: not a readable checkpoint ({reason or 'empty'}); make it or get "
+                         "it again, or save the network's state_dict() alone") from None
     missing = [k for k in keys if k not in state] if isinstance(state, dict) else ["dictionary"]
     if missing:
         raise InputError(f"{path}: not a checkpoint of this project: "
                          f"no {', '.join(missing)} in it; give a last.pt")
     return state
-
-
-def _load(path):
-    """What a file of torch.save holds. Raises InputError that names the cause."""
-    path = Path(path)
-    if path.is_dir():
-        inside = path / "last.pt"
-        example = f", {inside}" if inside.is_file() else ", for a run its last.pt"
-        raise InputError(f"{path}: a folder; give the file in it{example}")
-    try:
-        # torchvision's training scripts save their options beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the path of a last.pt") from None
-    except Exception as e:
-        raise InputError(f"{path}: not a readable checkpoint {_why_unreadable(path, e)}") from None
-
-
-def _why_unreadable(path, error):
-    text = str(error)
-    if found := re.search(r"GLOBAL (\S+)", text):
-        return (f"(it holds objects of Python, {found[1]}, which are not opened here); "
-                "save the network's state_dict() alone")
-    if "TorchScript" in text:
-        return "(it is a TorchScript program); save the network's state_dict()"
-    again = "train again" if path.name == "last.pt" else "get it again"
-    return f"({' '.join(text.split())[:80] or 'empty'}); {again} or give another"
 
 
 def read_weights(source, option):
@@ -1374,13 +1105,13 @@ def unwrap(state):
         if isinstance(state.get(key), dict):
             state = state[key]
             taken_off.append(f"what surrounds its {key!r}")
-    prefix = True
-    while prefix:  # DataParallel, torch.compile, Lightning, in any order
-        prefix = next((p for p in ("module.", "_orig_mod.", "model.")
-                       if state and all(str(k).startswith(p) for k in state)), None)
-        if prefix:
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-            taken_off.append(f"the prefix {prefix!r}")
+    wrappers = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+    while state:
+        prefix = str(next(iter(state))).partition(".")[0] + "."
+        if prefix not in wrappers or not all(str(k).startswith(prefix) for k in state):
+            break
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+        taken_off.append(f"the prefix {prefix!r}")
     return state, taken_off
 
 
@@ -1413,10 +1144,6 @@ def load_strictly(module, state, source, wanted, remedy, aside=()):
     bad = [k for k in needed if getattr(state.get(k), "shape", None) != needed[k].shape]
     bad += sorted(set(state) - set(needed))
     if bad:
-        lacking = _parts(needed) - _parts(set(state) - set(counters))
-        if lacking and {k.split(".")[0] for k in bad} == lacking:
-            raise InputError(f"{source}: not {wanted}: no {', '.join(sorted(lacking))} in it, so "
-                             "that it is not a finished network; give the file of a finished one")
         there, here = (tuple(getattr(d.get(bad[0]), "shape", ())) or "nothing"
                        for d in (state, needed))
         raise InputError(f"{source}: not {wanted}: {len(bad)} tensors differ, the first is "
@@ -1427,10 +1154,6 @@ def load_strictly(module, state, source, wanted, remedy, aside=()):
                              "give a file saved before its training went wrong")
     module.load_state_dict(state)
     return left
-
-
-def _parts(names):
-    return {name.split(".")[0] for name in names}
 
 
 if __name__ == "__main__":

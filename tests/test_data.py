@@ -13,11 +13,9 @@ import socket
 import struct
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import unicodedata
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -30,9 +28,6 @@ from torch.utils.data import DataLoader
 import data
 from data import (IGNORE, DataSet, EvalImages, InputError, TrainStream, draw_shapes, open_dataset,
                   voc_palette)
-
-# a folder with ade20k/ and voc/, some pairs of their val splits
-REAL = os.environ.get("C2VKD_SAMPLES")
 
 
 def put(path, pixels, palette=None):
@@ -186,20 +181,6 @@ def test_folder_takes_images_without_labels(tmp_path):
     assert label.dtype == np.uint8 and np.array_equal(label, np.full((6, 9), IGNORE))
 
 
-@pytest.mark.skipif(not REAL, reason="C2VKD_SAMPLES names no folder")
-@pytest.mark.parametrize("name", ("ade20k", "voc"))
-def test_real_samples_are_read(name):
-    real = DataSet(name, *{"ade20k": data._ade20k, "voc": data._voc}[name](Path(REAL) / name))
-    assert real.pairs["val"]
-    for index, (_, path) in enumerate(real.pairs["val"]):
-        image, label = real.read("val", index)
-        raw = np.asarray(Image.open(path)).astype(int)
-        assert np.array_equal(label, np.where(raw == 0, 255, raw - 1) if name == "ade20k" else raw)
-        assert image.size == label.shape[::-1]
-    ends = {"ade20k": ("wall", "flag"), "voc": ("background", "tvmonitor")}
-    assert (real.classes[0], real.classes[-1]) == ends[name]
-
-
 # ---------------------------------------------------------------- the training stream
 
 COLOURS = np.array([(250, 0, 0), (0, 250, 0), (0, 0, 250)], np.uint8)
@@ -346,11 +327,17 @@ def test_of_two_that_draw_at_once_one_result_stays_whole(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- downloads
 
 @pytest.fixture
-def serve(monkeypatch):
-    """serve(body, bad): a server here whose first `bad` transfers are cut -> count of transfers."""
+def serve(monkeypatch, tmp_path):
+    """serve(name, bad, digest): a server of a small VOC whose first `bad` transfers are cut.
+
+    Returns the list of transfers.
+    """
     servers = []
 
-    def start(body, bad=0, digest=None, name="voc.zip"):
+    def start(name="voc.zip", bad=0, digest=None):
+        kind = {".zip": "zip", ".tar": "tar"}[name[-4:]]
+        source = put_voc(tmp_path / "source", False)
+        body = Path(shutil.make_archive(tmp_path / "archive", kind, source)).read_bytes()
         transfers = []
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -365,11 +352,10 @@ def serve(monkeypatch):
                 pass
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        serving = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        serving.start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         point_to(monkeypatch, server.server_port, name, digest or hashlib.md5(body).hexdigest())
-        return lambda: len(transfers)
+        return transfers
 
     yield start
     for server in servers:
@@ -383,84 +369,58 @@ def point_to(monkeypatch, port, name="voc.zip", digest=""):
     monkeypatch.setitem(data.DOWNLOADS, "voc", (url, "md5", digest, "VOCdevkit"))
 
 
-def packed(tmp_path, name="voc.zip"):
-    """A small VOC as an archive."""
-    source = put_voc(tmp_path / "source", False)
-    files = [p for p in source.rglob("*") if p.is_file()]
-    body = io.BytesIO()
-    if name.endswith(".zip"):
-        with zipfile.ZipFile(body, "w") as archive:
-            for p in files:
-                archive.write(p, p.relative_to(source))
-    else:
-        with tarfile.open(fileobj=body, mode="w") as archive:
-            for p in files:
-                archive.add(p, p.relative_to(source))
-    return body.getvalue()
-
-
 @pytest.mark.parametrize("name", ("voc.zip", "voc.tar"))
-def test_a_download_is_unpacked_and_nothing_else_is_left(tmp_path, serve, name):
-    count = serve(packed(tmp_path, name), name=name)
-    assert len(open_dataset("voc", tmp_path / "voc").pairs["train"]) == 1
+def test_a_download_is_unpacked_once_and_nothing_else_is_left(tmp_path, serve, name):
+    transfers = serve(name)
+    for _ in range(2):
+        assert len(open_dataset("voc", tmp_path / "voc").pairs["train"]) == 1
     assert [p.name for p in (tmp_path / "voc").iterdir()] == ["VOCdevkit"]
-    assert open_dataset("voc", tmp_path / "voc") and count() == 1
+    assert len(transfers) == 1
 
 
-@pytest.mark.parametrize("fault", ("truncated", "another file"))
+@pytest.mark.parametrize("fault", ({"bad": 1}, {"digest": "0" * 32}), ids=str)
 def test_a_wrong_download_leaves_nothing_and_the_next_command_tries_again(tmp_path, serve, fault):
-    count = serve(packed(tmp_path), **{"bad": 1} if fault == "truncated" else {"digest": "0" * 32})
+    transfers = serve(**fault)
     with pytest.raises(InputError, match="voc.zip: (md5 .* instead of|cannot download it)"):
         open_dataset("voc", tmp_path / "voc")
-    assert count() == 1 and list((tmp_path / "voc").iterdir()) == []
-    if fault == "truncated":
-        assert len(open_dataset("voc", tmp_path / "voc").pairs["train"]) == 1 and count() == 2
+    assert len(transfers) == 1 and list((tmp_path / "voc").iterdir()) == []
+    if "bad" in fault:
+        assert len(open_dataset("voc", tmp_path / "voc").pairs["train"]) == 1
 
 
-@pytest.mark.parametrize("server", ("none", "not one of the web"))
-def test_an_address_that_does_not_answer_properly_is_an_input_error(tmp_path, monkeypatch, server):
+@pytest.mark.parametrize("answers", (False, True))
+def test_an_address_that_does_not_answer_properly_is_an_input_error(tmp_path, monkeypatch, answers):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        if server != "none":
+        if answers:
             s.listen()
             answer = lambda: s.accept()[0].sendall(b"220 mail\r\n")  # noqa: E731
             threading.Thread(target=answer, daemon=True).start()
         point_to(monkeypatch, s.getsockname()[1])
         with pytest.raises(InputError, match="(?s)cannot download it .*; get it elsewhere"):
             open_dataset("voc", tmp_path / "voc")
+    assert list((tmp_path / "voc").iterdir()) == []
 
 
-def test_a_full_disk_ends_a_download_in_one_line(tmp_path, serve, monkeypatch):
-    serve(packed(tmp_path))
+def test_unpacking_that_fails_or_is_overtaken_leaves_a_whole_folder(tmp_path, serve, monkeypatch):
+    transfers, unpack = serve(), shutil.unpack_archive
 
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(data.shutil, "unpack_archive", full)
-    with pytest.raises(InputError, match="No space left.*; free some space or give --data"):
-        open_dataset("voc", tmp_path / "voc")
-    assert [p.name for p in (tmp_path / "voc").iterdir()] == ["voc.zip"]
-
-
-def test_unpacking_that_is_killed_or_overtaken_leaves_a_whole_folder(tmp_path, serve, monkeypatch):
-    count, unpack = serve(packed(tmp_path)), shutil.unpack_archive
-
-    def killed(archive, target, **_):
+    def half(archive, target, **_):
         (target / "VOCdevkit" / "VOC2012").mkdir(parents=True)
-        raise KeyboardInterrupt
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     def overtaken(archive, target, **_):
         monkeypatch.setattr(data.shutil, "unpack_archive", unpack)
         data.download("voc", tmp_path / "voc")  # another process, which ends first
         unpack(archive, target)
 
-    monkeypatch.setattr(data.shutil, "unpack_archive", killed)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(data.shutil, "unpack_archive", half)
+    with pytest.raises(InputError, match="No space left.*; free some space or give --data"):
         open_dataset("voc", tmp_path / "voc")
-    assert not (tmp_path / "voc" / "VOCdevkit").exists()
+    assert [p.name for p in (tmp_path / "voc").iterdir()] == ["voc.zip"]
     monkeypatch.setattr(data.shutil, "unpack_archive", overtaken)
     assert open_dataset("voc", tmp_path / "voc")
-    assert [p.name for p in (tmp_path / "voc").iterdir()] == ["VOCdevkit"] and count() == 1
+    assert [p.name for p in (tmp_path / "voc").iterdir()] == ["VOCdevkit"] and len(transfers) == 1
 
 
 # ---------------------------------------------------------------- pictures and labels
@@ -509,17 +469,16 @@ def palette(colours):
 
 LABELS = {  # what is wrong: (how the label 0 1 2 1 is spoilt, what the message holds)
     "JPEG": (as_jpeg, "holds JPEG data, whose compression changes"),
-    "4 bits": (four_bits, "a grey picture of 2 or 4 bits"),
-    "three channels": (lambda p: Image.open(p).convert("RGB").save(p), "RGB, three equal channels"),
+    "inverted": (lambda p: Image.open(p).save(p, "TIFF", tiffinfo={262: 0}), "grey values packed"),
     "colours": (lambda p: put(p, [[(1, 2, 3)] * 4]), "mode RGB, but a label has one index byte"),
     "16 bits": (lambda p: Image.fromarray(np.zeros((1, 4), np.uint16)).save(p), "mode I"),
     "other values": (lambda p: put(p, [[0, 7, 7, 255]]), "outside the 3 classes: 7 (2 pixels)"),
     "palette in another order": (palette([(250, 170, 30), (128, 64, 128), (70, 130, 180)]),
-                                 "index 0 has the colour of traffic light"),
-    "palette of indices": (palette([(1, 1, 1), (0, 0, 0), (2, 2, 2)]), "index 0 shows the grey 1"),
+                                 "its palette shows class 1, traffic light, at another index"),
+    "palette of indices": (palette([(1, 1, 1), (0, 0, 0), (2, 2, 2)]), "its palette shows class"),
     "another size": (lambda p: put(p, [[0, 1, 2]]), "3x1, but its image is 4x1"),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:40]), "truncated or not an image"),
-    "missing": (lambda p: p.unlink(), "no such file; restore it or remove its partner"),
+    "missing": (lambda p: p.unlink(), "such file"),
 }
 
 
@@ -539,8 +498,8 @@ def test_a_label_that_cannot_hold_class_indices_is_named(tmp_path, script, what)
 
 @pytest.mark.parametrize("save", (
     lambda p: Image.fromarray(np.array([[0, 255, 255, 0]], np.uint8)).convert("1").save(p),
-    palette(voc_palette(256)), palette([(0, 0, 0), (255, 255, 255), (9, 9, 9)])),
-    ids=("1 bit", "VOC's palette", "black and white palette"))
+    palette(voc_palette(256)), palette([(0, 0, 0), (255, 255, 255), (9, 9, 9)]), four_bits),
+    ids=("1 bit", "VOC's palette", "black and white palette", "4 bits"))
 def test_labels_that_hold_indices_in_another_way_are_read(tmp_path, save):
     put_folder(tmp_path, [[[0, 1, 2, 1]]])
     save(tmp_path / "labels" / "train" / "0.png")
@@ -574,7 +533,8 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text, message", (
     ("road\nsky 1 2 3\n", ", line 1: 'road' is not 'name R G B'"),
     ("a 1 2 3\nb 1 256 3\n", ", line 2"),
-    ("a 1 2 3\n\nb 1 2 3\n", ", line 2: ''"), ("a 1 2 3\na 3 2 1\n", ": 2 classes, 1 names"),
+    ("a 1 2 3\n\nb 1 2 3\n", ", line 3: b has the colour of a; give each class its own"),
+    ("a 1 2 3\na 3 2 1\n", ": 2 classes, 1 names"),
     ("road 1 2 3\n", ": 1 classes, 1 names; 2 to 255"), ("", ": 0 classes"),
     (None, ": no such file")))
 def test_a_wrong_classes_txt_is_named_with_its_line(tmp_path, text, message):
@@ -585,8 +545,8 @@ def test_a_wrong_classes_txt_is_named_with_its_line(tmp_path, text, message):
     assert str(e.value).startswith(f"{path}{message}")
 
 
-def test_a_mark_of_byte_order_is_no_part_of_a_name(tmp_path):
-    put_folder(tmp_path, [np.zeros((4, 4))], classes="\ufeffroad 1 2 3\nsky 3 2 1\n")
+def test_a_mark_of_byte_order_and_empty_lines_are_no_classes(tmp_path):
+    put_folder(tmp_path, [np.zeros((4, 4))], classes="\ufeffroad 1 2 3\n\nsky 3 2 1\n\n")
     assert open_dataset("folder", tmp_path).classes == ["road", "sky"]
 
 
@@ -617,9 +577,7 @@ def test_a_class_without_a_pixel_in_a_split_is_named(tmp_path, script):
     for line in ("train: 2 images, val: 2 images, test: 0 images, unlabelled: 0 images, 3 classes, "
                  "0 faulty", "train: 50.0% of the labels' pixels are ignored",
                  "NOTE: classes without a pixel in train, they cannot be learned: sky",
-                 "NOTE: classes without a pixel in val, they are not scored: traffic light",
-                 "NOTE: 1 of the 2 labels of train have no labelled pixel: all are 255, which "
-                 "means ignored"):
+                 "NOTE: classes without a pixel in val, they are not scored: traffic light"):
         assert line in out.splitlines(), line
 
 
@@ -633,12 +591,10 @@ def test_training_on_fewer_than_two_classes_is_refused(tmp_path, script, label, 
     assert code == 2 and last.startswith(f"error: {tmp_path}: ") and words in last
 
 
-def test_a_validation_split_with_nothing_to_score_is_refused(tmp_path):
+def test_a_validation_split_with_nothing_to_score_is_refused(tmp_path, script):
     put_folder(tmp_path, [[[0, 1]]])
     put(tmp_path / "labels" / "val" / "0.png", [[255, 255]])
-    folder = open_dataset("folder", tmp_path)
-    with pytest.raises(InputError, match="no label of val has a labelled pixel"):
-        data.judge_labels(folder, data.scan_labels(folder))
+    assert "no label of val has a labelled pixel" in script(tmp_path, "--check")[2]
 
 
 def test_masks_of_0_and_255_among_others_are_noted(tmp_path):
@@ -652,8 +608,8 @@ def test_labels_are_counted_once_and_again_where_they_change(tmp_path, monkeypat
     folder = open_dataset("folder", put_folder(tmp_path / "a", [[[0, 1, 1]], [[2, 255, 1]]]))
     cache = tmp_path / "runs" / "labels.json"
     first = data.scan_labels(folder, cache)
-    assert first.counts["train"][[0, 1, 2, 255]].tolist() == [1, 3, 1, 1]
-    assert first.counts["train"].dtype == np.int64 and len(first.counts["train"]) == 256
+    assert first.total("train") == {0: 1, 1: 3, 2: 1, 255: 1}
+    assert first.labels["val"] == [{0: 1, 1: 2}, {1: 1, 2: 1, 255: 1}]
 
     read, reads = DataSet.read_label, []
     monkeypatch.setattr(DataSet, "read_label", lambda self, p: reads.append(p) or read(self, p))
@@ -661,7 +617,7 @@ def test_labels_are_counted_once_and_again_where_they_change(tmp_path, monkeypat
     put(folder.pairs["train"][0][1], [[0, 2, 1]])
     changed = data.scan_labels(folder, cache)
     assert reads == [folder.pairs["train"][0][1]]
-    assert changed.digest != first.digest and changed.counts["train"][2] == 2
+    assert changed.digest != first.digest and changed.total("train")[2] == 2
     more = dataclasses.replace(folder, classes=["other", *folder.classes[1:]])
     data.scan_labels(more, cache)
     assert len(reads) == 1 + 4  # other classes, other rules
@@ -707,7 +663,7 @@ def test_labels_of_other_kinds_become_class_indices_in_a_new_folder(tmp_path, sc
     put(root / "images" / "unlabelled" / "u.png", grey([[0]]))
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     code, out, _ = script(root, "--check")
-    assert code == 2 and f"python data.py --convert OUT --dataset folder --data {root}" in out
+    assert kind == "4 bits" or code == 2 and "python data.py --convert makes class indices" in out
 
     code, out, _ = script(root, "--convert", new)
     assert code == 0 and f"{new}: 4 labels as class indices, 5 pictures copied" in out
@@ -734,14 +690,12 @@ def test_colours_without_a_class_stop_a_conversion_unless_they_are_named(tmp_pat
     root = put_folder(tmp_path / "d", [INDICES])
     put_colours(root / "labels" / "train" / "0.png", np.where(INDICES == 1, 3, INDICES))
     code, out, last = script(root, "--convert", tmp_path / "new")
-    assert code == 2 and "  (1, 2, 3)  25.0%  not in classes.txt" in out
-    assert "1 colours that classes.txt lacks, 25.00% of the pixels" in last
+    assert code == 2 and "  (1, 2, 3)  12.5%" in out
+    assert "1 values or colours without a class" in last
     assert "nothing was written" in last and "--ignore-colour R,G,B" in last
     assert not (tmp_path / "new").exists()
     assert script(root, "--convert", tmp_path / "new", "--ignore-colour", "1,2,3")[0] == 0
     assert converted(tmp_path / "new") == np.where(INDICES == 1, 255, INDICES).tolist()
-    code, _, last = script(root, "--convert", tmp_path / "b", "--ignore-colour", "128,64,128")
-    assert code == 2 and "the colour of road" in last
 
 
 @pytest.mark.parametrize("channels", ("L", "RGB"))
@@ -750,7 +704,7 @@ def test_values_get_their_classes_by_name_or_number(tmp_path, script, channels):
     for path in root.glob("labels/*/*.png"):
         Image.open(path).convert(channels).save(path)
     code, out, last = script(root, "--convert", tmp_path / "new")
-    assert code == 2 and "1 values outside the 3 classes" in last and "  3  25.0%  not in" in out
+    assert code == 2 and "1 values or colours without a class" in last and "25.0%" in out
     code, _, last = script(root, "--convert", tmp_path / "new", "--map", "1=0", "2=1", "3=2")
     assert code == 2 and "--map 1=0: the value 0 means this class, too" in last
     names = "1=road", "2=traffic light", "3=2", "0=ignore"
@@ -770,16 +724,30 @@ def test_masks_of_0_and_255_are_converted_only_where_255_is_named(tmp_path, scri
     assert converted(tmp_path / "new") == [[0, 1, 1]]
 
 
-@pytest.mark.parametrize("classes, words", (
-    ("ground 0 0 0\nroad 128 64 128\nsky 128 64 128\n", "classes of one colour: road and sky"),
-    ("ground 1 1 1\nroad 0 0 0\nsky 2 2 2\n", "the grey 0 is the colour of road and the index of")))
-def test_labels_that_can_be_read_in_two_ways_are_not_converted(tmp_path, script, classes, words):
-    root = put_folder(tmp_path / "d", [[[0, 1, 2]]], classes)
-    colours = np.array([[int(c) for c in line.split()[1:]] for line in classes.splitlines()])
-    put(root / "labels" / "train" / "0.png", colours[[[0, 1, 2]]])
+def test_labels_that_can_be_read_in_two_ways_are_not_converted(tmp_path, script):
+    root = put_folder(tmp_path / "d", [[[0, 1, 2]]], "ground 1 1 1\nroad 0 0 0\nsky 2 2 2\n")
+    put(root / "labels" / "train" / "0.png", [[[1] * 3, [0] * 3, [2] * 3]])
     assert script(root, "--check")[0] == 2
     code, _, last = script(root, "--convert", tmp_path / "new")
-    assert code == 2 and words in last and not (tmp_path / "new").exists()
+    assert code == 2 and "the grey 0 is the colour of road and the index of ground" in last
+    assert not (tmp_path / "new").exists()
+    assert script(root, "--convert", tmp_path / "new", "--map", "0=0", "1=1")[0] == 0
+    assert converted(tmp_path / "new") == [[1, 0, 2]]
+
+
+@pytest.mark.parametrize("mode", ("F", "CMYK", "RGBA"))
+def test_labels_whose_classes_cannot_be_told_are_not_converted(tmp_path, script, mode):
+    root = put_folder(tmp_path / "d", [INDICES])
+    clear = Image.new("L", (4, 3), 9)
+    for path in root.glob("labels/train/*.png"):
+        path.unlink()
+        label = Image.fromarray(INDICES.astype(np.uint8)).convert(mode)
+        if mode == "RGBA":
+            label.putalpha(clear)
+        label.save(path.with_suffix(".tif"))
+    code, _, last = script(root, "--convert", tmp_path / "new")
+    assert code == 2 and ("transparent" if mode == "RGBA" else f"mode {mode}") in last
+    assert not list(tmp_path.glob("new*"))
 
 
 def test_cvats_labelmap_stands_for_classes_txt(tmp_path, script):
@@ -790,8 +758,7 @@ def test_cvats_labelmap_stands_for_classes_txt(tmp_path, script):
     (root / "labelmap.txt").write_text(
         "# label:color_rgb:parts:actions\nroad:128,64,128::\ntraffic light:250,170,30::\n"
         "sky:70,130,180::\n")
-    code, _, last = script(root, "--check")
-    assert code == 2 and "--convert reads CVAT's labelmap.txt" in last
+    assert script(root, "--check")[0] == 2
     assert script(root, "--convert", tmp_path / "new")[0] == 0
     assert converted(tmp_path / "new") == INDICES.tolist()
     assert open_dataset("folder", tmp_path / "new").classes == ["road", "traffic light", "sky"]
@@ -802,7 +769,6 @@ def test_cvats_labelmap_stands_for_classes_txt(tmp_path, script):
 @pytest.mark.parametrize("argv, words", (
     (("--map", "0"), "--map 0: takes VALUE=CLASS"), (("--map", "0=tree"), "--map 0=tree: takes"),
     (("--map", "0=0", "0=1"), "--map 0=1: takes VALUE=CLASS once a value"),
-    (("--map", "9=0"), "--map 9=...: no label holds the value 9; they hold 0, 1, 2"),
     (("--ignore-colour", "1,2"), "argument --ignore-colour: must be R,G,B"),
     (("--ignore-colour", "1,2,256"), "must be R,G,B with three numbers 0..255")))
 def test_wrong_options_of_a_conversion_are_named(tmp_path, script, argv, words):
@@ -825,39 +791,16 @@ def test_a_conversion_that_fails_on_the_way_leaves_nothing(tmp_path, script, mon
 
 # ---------------------------------------------------------------- the console
 
-def broken_pipe():
-    reader, writer = os.pipe()
-    os.close(reader)
-    return open(writer, "w")
-
-
-def closed():
-    stream = open(os.devnull, "w")
-    stream.close()
-    return stream
-
-
-def full_disk():
-    return open("/dev/full", "w")
-
-
-@pytest.mark.parametrize("make", (lambda: None, closed, broken_pipe, full_disk))
-def test_no_console_ends_the_work(monkeypatch, make):
-    """Within Python's buffer and beyond it; and at the end nothing is left to fail."""
-    def main():
-        for _ in data.progress(range(3)):
-            print("x", 10 ** 5 * "x", flush=True)
-        print("y", file=sys.stderr)
-        done.append(True)
-
-    done, streams = [], (make(), make())
-    monkeypatch.setattr(sys, "stdout", streams[0])
-    monkeypatch.setattr(sys, "stderr", streams[1])
-    data.command(main)
-    assert done and (sys.stdout, sys.stderr) == streams
-    for stream in streams:
-        if stream and not stream.closed:
-            stream.flush()
+@pytest.mark.parametrize("closing", (">&-", "2>&-", ">&- 2>&-", "| true"))
+def test_a_missing_stream_ends_no_work_and_a_closed_pipe_no_word(tmp_path, closing):
+    code = ("import data, sys, pathlib; data.command(lambda: (list(data.progress(range(3))), "
+            "print('x'), print('y', file=sys.stderr), pathlib.Path('done').touch(), "
+            "print(10 ** 6 * 'x')))")
+    env = os.environ | {"PYTHONPATH": os.path.dirname(data.__file__)}
+    shell = subprocess.run(f'"{sys.executable}" -c "{code}" {closing}', shell=True,
+                           capture_output=True, cwd=tmp_path, env=env)
+    assert shell.returncode == 0 and (closing == "| true" or (tmp_path / "done").exists())
+    assert shell.stderr in (b"", b"y\n")
 
 
 def test_what_a_console_cannot_show_is_replaced(monkeypatch):
@@ -865,13 +808,6 @@ def test_what_a_console_cannot_show_is_replaced(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     data.command(lambda: print("straße"))
     assert stream.buffer.getvalue() == b"stra\\xdfe\n"
-
-
-def test_a_closed_pipe_ends_a_script_without_a_word():
-    code = "import data; data.command(lambda: print(10 ** 6 * 'x'))"
-    shell = subprocess.run(f'"{sys.executable}" -c "{code}" | true', shell=True,
-                           capture_output=True, cwd=os.path.dirname(data.__file__))
-    assert shell.stderr == b""
 
 
 @pytest.mark.parametrize("terminal, disable, shown", (
@@ -903,11 +839,12 @@ FILES = "error: too many open files: take fewer --workers, --workers 0 for none,
 @pytest.mark.parametrize("error, code, line", (
     (InputError("x.png: truncated;\n  get it again"), 2, "error: x.png: truncated; get it again"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore"), 2,
-     "error: out of GPU memory (CUDA out of memory. Tried 2 GiB): lower --batch-size or --crop"),
+     "error: out of GPU memory: lower --batch-size or --crop"),
     (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 2,
      "error: runs/a: Permission denied; check the path, its permissions and the free space"),
     (OSError(errno.ENOSPC, "No space left on device"), 2,
-     "error: output: No space left on device; check the path, its permissions and the free space"),
+     "error: the disk or /dev/shm (see --workers): No space left on device; check the path"),
+    (ConnectionResetError(errno.ECONNRESET, "reset by peer"), 2, "error: a loader process died"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"), 2, SHM),
     (RuntimeError("unable to mmap 64 bytes from file </torch_1_2>: Cannot"), 2, SHM),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2,
@@ -923,7 +860,7 @@ def test_what_a_user_can_mend_is_one_line_and_an_exit_code(capsys, error, code, 
 
 
 @pytest.mark.parametrize("error", (
-    OSError("no file"), ConnectionResetError(errno.ECONNRESET, "reset by peer"), KeyError("x"),
+    OSError("no file"), KeyError("x"),
     RuntimeError("shapes do not match"), RuntimeError("triton: out of resource: shared memory")))
 def test_other_errors_keep_their_traceback(error):
     def main():
@@ -1023,11 +960,10 @@ def test_loader_processes_let_go_of_the_lock(tmp_path):
 
 # ---------------------------------------------------------------- files and weights
 
-@pytest.mark.parametrize("shared", (False, True))
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, shared):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    data.write_atomically(path, b"old", shared)
-    data.write_atomically(str(path), memoryview(b"older"), shared)
+    data.write_atomically(path, b"old")
+    data.write_atomically(str(path), memoryview(b"older"))
     assert path.read_bytes() == b"older"
 
     def full(_):
@@ -1037,11 +973,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, shared):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"last.pt: cannot write it \(.*No space left on device\)"):
-        data.write_atomically(path, b"new", shared)
+        data.write_atomically(path, b"new")
     assert path.read_bytes() == b"older"
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     with pytest.raises(InputError, match="nowhere/last.pt: cannot write it"):
-        data.write_atomically(tmp_path / "nowhere" / "last.pt", b"new", shared)
+        data.write_atomically(tmp_path / "nowhere" / "last.pt", b"new")
 
 
 def test_tensors_are_saved_and_loaded(tmp_path):
@@ -1052,17 +988,14 @@ def test_tensors_are_saved_and_loaded(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-@pytest.mark.parametrize("content, name, words, again", (
-    (None, "x.pt", "no such file; give the path of a last.pt", False),
-    (b"", "x.pt", "not a readable checkpoint", False),
-    (b"hello\n", "x.pt", "not a readable checkpoint", False),
-    (b"hello\n", "last.pt", "not a readable checkpoint", True),
-    ({"a": 1}, "x.pt", "not a checkpoint of this project: no step, network in it", False),
-    ([1], "x.pt", "not a checkpoint of this project: no dictionary in it; give a last.pt", False),
-    (torch.nn.Linear(1, 1), "x.pt", "(it holds objects of Python, torch.nn.modules.linear.Linear,",
-     False)))
-def test_what_is_no_checkpoint_is_refused(tmp_path, content, name, words, again):
-    path = tmp_path / name
+@pytest.mark.parametrize("content, words", (
+    (None, "no such file; give the path of a last.pt"), (b"", "not a readable checkpoint"),
+    (b"hello\n", "not a readable checkpoint"),
+    ({"a": 1}, "not a checkpoint of this project: no step, network in it"),
+    ([1], "not a checkpoint of this project: no dictionary in it; give a last.pt"),
+    (torch.nn.Linear(1, 1), "(it holds objects of Python, torch.nn.modules.linear.Linear)")))
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, words):
+    path = tmp_path / "x.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content:
@@ -1070,14 +1003,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, name, words, again)
     with pytest.raises(InputError) as e:
         data.load_checkpoint(path, ("step", "network"))
     assert str(e.value).startswith(f"{path}: ") and words in str(e.value)
-    assert ("train again" in str(e.value)) == again
 
 
 def test_a_folder_in_place_of_its_checkpoint_is_named(tmp_path):
-    with pytest.raises(InputError, match="a folder; give the file in it, for a run its last.pt"):
-        data.load_checkpoint(tmp_path)
-    (tmp_path / "last.pt").touch()
-    with pytest.raises(InputError, match=f"a folder; give the file in it, {tmp_path}/last.pt"):
+    with pytest.raises(InputError, match=f"a folder; give the file in it, {tmp_path}/last.pt for"):
         data.load_checkpoint(tmp_path)
 
 
@@ -1108,7 +1037,7 @@ def test_weights_that_do_not_fit_are_refused_by_cause_before_anything_is_changed
     before = {k: v.clone() for k, v in network.state_dict().items()}
     whole = {k: torch.full_like(v, 7) for k, v in before.items()}
     backbone = {k: v for k, v in whole.items() if k.startswith("backbone")}
-    for state, words in ((backbone, "no classifier in it, so that it is not a finished network"),
+    for state, words in ((backbone, "4 tensors differ, the first is classifier.weight"),
                          (whole | {"backbone.bias": torch.tensor([1.0, torch.nan])},
                           "backbone.bias holds NaN or infinity"),
                          (whole | {"backbone.bias": torch.zeros(3)},
