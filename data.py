@@ -328,18 +328,13 @@ def _cityscapes(root):
             f"{root}: no leftImg8bit/ and gtFine/ in it; register at "
             "https://www.cityscapes-dataset.com/downloads, get leftImg8bit_trainvaltest.zip and "
             "gtFine_trainvaltest.zip, unpack both there")
-    pairs = {split: _cityscapes_pairs(root, split)
-             for split in ("train", "val")}  # the test split's labels are void: never scored
+    pairs = {}
+    for split in ("train", "val"):  # the test split's labels are void: never scored
+        images = sorted((root / "leftImg8bit" / split).glob("*/[!.]*_leftImg8bit.png"))
+        pairs[split] = [(p, root / "gtFine" / split / p.parent.name
+                         / p.name.replace("_leftImg8bit", "_gtFine_labelIds")) for p in images]
     values, names, palette = zip(*CITYSCAPES)
     return list(names), list(palette), pairs, _lut(values, ignored=range(34))
-
-
-def _cityscapes_pairs(root, split):
-    images = sorted(p for p in (root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png")
-                    if not p.name.startswith("."))
-    labels = (root / "gtFine" / split / p.parent.name
-              / p.name.replace("_leftImg8bit", "_gtFine_labelIds") for p in images)
-    return list(zip(images, labels))
 
 
 def _voc(root):
@@ -664,11 +659,11 @@ def check(name, root):
 
 # ---------------------------------------------------------------- data.py --convert
 
-def convert(data, out, mapping, ignored):
+def convert(data, out, mapping):
     """Write a `folder` data set with index labels into the new folder `out`, all of it or nothing.
 
-    mapping and ignored: as in `class_table`. Pictures are copied. Raises InputError for colours
-    and values without a class, and for labels that training could not use.
+    mapping: as in `class_table`. Pictures are copied. Raises InputError for colours and values
+    without a class, and for labels that training could not use.
     """
     out = Path(out)
     if out.exists():
@@ -683,7 +678,7 @@ def convert(data, out, mapping, ignored):
     seen = Counter()
     for held in in_threads(count, labels, desc="reading labels", unit="labels"):
         seen.update(held)
-    table = class_table(data, seen, mapping, ignored)
+    table = class_table(data, seen, mapping)
 
     def write(pair):
         split, image, label = pair
@@ -734,25 +729,23 @@ def label_codes(data, path):
     return colours, places.reshape(codes.shape)
 
 
-def class_table(data, seen, mapping, ignored):
+def class_table(data, seen, mapping):
     """The class index of every value (int) and colour (red, green, blue) in labels.
 
-    seen: Counter, value or colour -> pixels. mapping: value -> class index, in place of the value
-    itself. ignored: colours that become 255. Colours are those of the classes. Where all colours
-    are greys and `mapping` is given, or not all greys are colours of classes, each is its value.
-    Raises InputError for what has no class or could have two, and lists it.
+    seen: Counter, value or colour -> pixels. mapping: value or colour -> class index, where it is
+    neither the value itself nor the class of that colour. Three equal channels are a value where
+    no label has another colour and `mapping` has values, or not all are the classes' colours.
+    Raises InputError for what has no class or could have two.
     """
     known = {colour: k for k, colour in enumerate(data.palette)}
     colours = {what for what in seen if isinstance(what, tuple)}
     greys = {colour for colour in colours if len(set(colour)) == 1}
-    all_grey = greys == colours and not ignored
+    all_grey = greys == colours and not any(isinstance(what, tuple) for what in mapping)
     by_value = all_grey and bool(mapping or greys - known.keys())
 
-    table = {value: int(k) for value, k in enumerate(data.lut) if k >= 0} | mapping
+    table = {value: int(k) for value, k in enumerate(data.lut) if k >= 0} | known | mapping
     if by_value:
-        table |= {(value, value, value): k for value, k in table.items()}
-    else:
-        table |= known | dict.fromkeys(ignored, IGNORE)
+        table |= {(v, v, v): k for v, k in table.items() if isinstance(v, int)}
     unknown = Counter({what: count for what, count in seen.items() if what not in table})
     if unknown:
         print("without a class, and their share of the pixels:")
@@ -770,7 +763,9 @@ def class_table(data, seen, mapping, ignored):
             raise InputError(
                 f"{data.root}: the grey {value} is the colour of {data.classes[k]} and the index "
                 f"of {data.classes[value]}; say which with --map {value}=CLASS")
-    values = seen.keys() - colours | {value for value, *_ in greys if by_value}
+    values = seen.keys() - colours
+    if by_value:
+        values |= {value for value, _, _ in greys}
     for value, k in mapping.items():
         if others := [v for v in values - mapping.keys() if table[v] == k != IGNORE]:
             raise InputError(f"--map {value}={k}: the value {others[0]} means this class, too; "
@@ -798,7 +793,8 @@ def main():
         parser.error(f"--dataset {args.dataset}: its labels need no conversion; "
                      "--convert goes with --dataset folder")
     data = open_dataset("folder", args.data)
-    convert(data, args.convert, _mapping(args.map, data.classes), args.ignore_colour)
+    ignored = dict.fromkeys(args.ignore_colour, IGNORE)
+    convert(data, args.convert, _mapping(args.map, data.classes) | ignored)
 
 
 def _colour(text):
