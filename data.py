@@ -106,11 +106,12 @@ class DataSet:
             label = self.lut[values]
             if (label >= 0).all():
                 return label.astype(np.uint8)
-            found = zip(*np.unique(values[label < 0], return_counts=True))
-            fault = f"label values outside the {len(self.classes)} classes: " + ", ".join(
-                f"{value} ({count} pixels)" for value, count in list(found)[:3])
-        convertible = self.name == "folder"
-        remedy = "python data.py --convert makes class indices" if convertible else "get it again"
+            wrong = Counter(values[label < 0].tolist())
+            listed = [f"{value} ({count} pixels)" for value, count in sorted(wrong.items())]
+            fault = f"label values outside the {len(self.classes)} classes: {_some(listed)}"
+        remedy = "get it again"
+        if self.name == "folder":
+            remedy = "python data.py --convert makes class indices"
         raise InputError(f"{path}: {fault}; {remedy}")
 
     def other_class(self, raw):
@@ -215,7 +216,7 @@ def pictures(folder):
     """
     entries = sorted(p for p in folder.glob("*") if not p.name.startswith("."))
     found = [p for p in entries if p.suffix.lower() in SUFFIXES and not p.is_dir()]
-    if others := [p.name for p in entries if p not in set(found)]:
+    if others := sorted(p.name for p in set(entries) - set(found)):
         print(f"NOTE: {folder}: {len(others)} left out, no picture that can be read here: "
               f"{_some(others)}")
     return found
@@ -291,7 +292,7 @@ def _read_classes(root):
         if max(colour) > 255:
             raise InputError(f"{path}, line {number}: {line!r} is not '{form}' "
                              "with three numbers 0..255")
-        if colour in palette:
+        if colour in palette:  # colour labels and pictures could not tell the two apart
             raise InputError(f"{path}, line {number}: {found[1]} has the colour of "
                              f"{classes[palette.index(colour)]}; give each class its own")
         classes.append(" ".join(found[1].split()))
