@@ -111,7 +111,7 @@ class DataSet:
             fault = f"label values outside the {len(self.classes)} classes: {_some(listed)}"
         remedy = "get it again"
         if self.name == "folder":
-            remedy = "python data.py --convert makes class indices"
+            remedy = "convert it to class indices with python data.py --convert"
         raise InputError(f"{path}: {fault}; {remedy}")
 
     def other_class(self, raw):
