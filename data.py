@@ -590,7 +590,7 @@ def scan_labels(data, cache=None):
     found = in_threads(look, [label for _, label in places], desc="reading labels", unit="labels")
     if cache and (entries := dict(found)) != known:
         Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, json.dumps(entries).encode())
+        write_atomically(cache, json.dumps(entries).encode(), shared=True)
 
     labels, digest = {}, hashlib.sha256()
     for (split, path), (_, entry) in zip(places, found):
@@ -1025,13 +1025,14 @@ def publish(part, folder):
             raise
 
 
-def write_atomically(path, content):
+def write_atomically(path, content, shared=False):
     """Write bytes beside `path`, sync, rename: a kill leaves the old file or the new one.
 
-    Raises InputError where that fails.
+    shared: several processes may write it at once. Raises InputError where that fails.
     """
     path = Path(path)
-    part = own_name(path)
+    # with one writer the part that a kill left behind is overwritten by the next one
+    part = own_name(path) if shared else path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as f:
             f.write(content)

@@ -408,8 +408,7 @@ def test_out_of_memory_in_stage_three_costs_no_second_teacher(folder, out, monke
     with monkeypatch.context() as patch:
         patch.setattr(train, "distil", short)
         message = error_of(train.main, options(folder, out, "--batch-size", 4), capsys)
-    assert message == ("out of GPU memory (CUDA out of memory. Tried to allocate 3 GiB): "
-                       "lower --batch-size or --crop")
+    assert message == "out of GPU memory: lower --batch-size or --crop"
     before = result(out)
     train_with(options(folder, out, "--batch-size", 3))
     assert all(result(out)[k] == v for k, v in before.items())
