@@ -164,7 +164,10 @@ def margin(z, labels):
     """
     def value(rows, target):  # pixels,K and pixels,1
         z_y = rows.gather(1, target)
-        return z_y - rows.scatter_(1, target, -torch.inf).logsumexp(1, keepdim=True)
+        others = rows.scatter_(1, target, -torch.inf)
+        # the logsumexp in place, which takes half the time of torch's
+        top = others.amax(1, keepdim=True)
+        return z_y - top - others.sub_(top).exp_().sum(1, keepdim=True).log()
 
     def derivative(rows, target, upstream):
         others = rows.scatter_(1, target, -torch.inf).softmax(1)
