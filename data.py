@@ -275,19 +275,19 @@ def _folder(root):
 
 def _read_classes(root):
     """Names and colours of classes.txt or, where there is none, of CVAT's labelmap.txt."""
-    path, comment = root / "classes.txt", None
+    path = root / "classes.txt"
     form, pattern = "name R G B", r"(.+?)\s+(\d+)\s+(\d+)\s+(\d+)"
     if not path.is_file() and (root / "labelmap.txt").is_file():
-        path, comment = root / "labelmap.txt", "#"
+        path = root / "labelmap.txt"
         form, pattern = "name:R,G,B::", r"([^:]+):(\d+),(\d+),(\d+)(?::.*)?"
     if not path.is_file():
         raise InputError(f"{path}: no such file; write one line a class: name R G B")
     classes, palette = [], []
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        if not line.strip() or comment and line.startswith(comment):
-            continue
         found = re.fullmatch(pattern, line.strip())
+        if not line.strip() or not found and line.strip().startswith("# "):
+            continue  # CVAT's head line is a comment
         colour = tuple(map(int, found.groups()[1:])) if found else (256,)
         if max(colour) > 255:
             raise InputError(f"{path}, line {number}: {line!r} is not '{form}' "
