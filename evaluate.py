@@ -22,6 +22,7 @@ import math
 import os
 import statistics
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from torch.utils.data import DataLoader
 
 from data import (DATASETS, IGNORE, EvalImages, InputError, Parser, at_least, command,
                   data_folder, load_checkpoint, load_strictly, normalise, open_dataset, pictures,
-                  progress, quiet_worker, read_image, resize_short_side, spread,
+                  progress, quiet_worker, read_image, resize_short_side, scan_labels, spread,
                   write_atomically)
 from student import VARIANTS, Student, count_parameters
 from teacher import TEACHERS, Teacher
@@ -179,12 +180,13 @@ def evaluate(model, data, split, base, window, device, stride=None, flip=False, 
 def default_workers(gpus):
     """Loader processes of one of `gpus` processes: its share of the cores, at most 16.
 
-    None without a GPU, where the network itself keeps the cores busy.
+    0 without a GPU, where the network itself keeps the cores busy.
     """
     # the cores that this process may use, where the system tells: torch warns above their number
     usable = getattr(os, "sched_getaffinity", None)
     cores = len(usable(0)) if usable else os.cpu_count()
-    return min(16, cores // gpus) if gpus else 0
+    processes = max(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(16, cores // processes) if gpus else 0
 
 
 @torch.no_grad()
@@ -385,7 +387,10 @@ def report(folder, entries, data, base, window, device):
 def _curve(log):
     """[(step, mIoU on val), ...] of a log.csv."""
     with open(log, newline="") as f:
-        rows = [row for row in csv.DictReader(f) if row["val_miou"]]
+        reader = csv.DictReader(f)
+        if "val_miou" not in (reader.fieldnames or ()):
+            raise InputError(f"{log}: has no column val_miou; restore it, or move it away")
+        rows = [row for row in reader if row["val_miou"]]
     return [(int(row["step"]), float(row["val_miou"])) for row in rows]
 
 
@@ -483,8 +488,10 @@ def read_scores(path):
     """What `write_scores` wrote. Raises InputError where it cannot be read."""
     try:
         result = json.loads(path.read_text())
-        float(result["miou"])
-        complete = result.keys() >= {"iou", "pixel_accuracy", *DESCRIPTION} - {"options", "label"}
+        numbers = isinstance(result["miou"], (int, float))
+        described = isinstance(result["conditions"], (dict, type(None)))
+        needed = {"iou", "pixel_accuracy", *DESCRIPTION} - {"options", "label"}
+        complete = numbers and described and result.keys() >= needed
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         complete = False
     if not complete:
@@ -551,6 +558,8 @@ def _refuse_mixed(seen, result, name, teacher, path):
     """Raises InputError where a result differs from those in `seen`: condition -> (value, path)."""
     conditions = {key: value for key, value in result["conditions"].items()
                   if key != "teacher_identity"}
+    if "labels" in result:  # of the split, where evaluate.py scored it
+        conditions["labels that were scored"] = result["labels"]
     conditions |= {"step": result["step"], "names of the classes": result["classes"],
                    f"method of {name}": result["method"]}
     # the same name may have other weights under another teacher
@@ -820,26 +829,41 @@ def _evaluate_checkpoint(args):
 
     matrix = evaluate(model, data, split, state["base"], device=device, workers=workers, **protocol)
     result = scores(matrix.cpu())
-    kept = _is_standard(args, state, data.name, protocol)
-    if kept:
-        write_scores(Path(args.checkpoint).parent, split, result, state)
+    not_kept = _not_standard(args, state, data, split, protocol)
+    try:
+        if not not_kept:
+            labels = _digest_of_labels(data, split)
+            write_scores(Path(args.checkpoint).parent, split, result | {"labels": labels}, state)
+    finally:  # a score that could not be written is not lost
+        print(table([(state["name"], count_parameters(model), None, result)], data.classes))
+    if not_kept:
+        print(f"not kept for --compare: {not_kept}")
     if picture:
         networks = {state["name"]: model}
         sheet = comparison(data, split, state["base"], state["window"], networks, device, images=8)
         save_picture(sheet, picture, "comparison")
-    print(table([(state["name"], count_parameters(model), None, result)], data.classes))
-    if not kept:
-        print("not kept for --compare: other data, window, --stride or --flip than the run's own")
-    if picture:
         print(f"pictures: {picture}")
 
 
-def _is_standard(args, state, name, protocol):
-    """Whether a score is by the run's own protocol on its own data, as `compare` assumes."""
-    trained_on, scored_on = (os.path.abspath(data_folder(name, root))
+def _not_standard(args, state, data, split, protocol):
+    """Why a score is not the run's own as `compare` assumes it. Empty if it is."""
+    trained_on, scored_on = (os.path.abspath(data_folder(data.name, root))
                              for root in (state.get("data"), args.data or state.get("data")))
-    windows = protocol["window"] == state["window"] and not (args.stride or args.flip)
-    return name == state["dataset"] and trained_on == scored_on and windows
+    if data.name != state["dataset"] or trained_on != scored_on:
+        return "other data than the run's own"
+    if protocol["window"] != state["window"] or args.stride or args.flip:
+        return "another window, --stride or --flip than in training"
+    if Path(args.checkpoint).name != "last.pt":
+        return "the file is not the last.pt of its folder"
+    trained = state.get("stage", {}).get("labels")
+    if trained and split != "test" and scan_labels(data).digest != trained:
+        return "the labels have changed since training"
+    return ""
+
+
+def _digest_of_labels(data, split):
+    """Digest of the labels of one split, by which `compare` knows that all runs saw the same."""
+    return scan_labels(replace(data, pairs={"val": data.pairs[split]})).digest
 
 
 def _compare(args):

@@ -192,7 +192,7 @@ def cross_entropy(z_S, labels):
 
 
 class FullSize(torch.autograd.Function):
-    """value(rows, target) of each pixel (B,H,W) of logits z (B,K,h,w) resized to labels (B,H,W).
+    """Resizes z (B,K,h,w) to the labels (B,H,W) and applies `value` to each pixel's logits.
 
     rows (pixels,K) are the logits of one resized image, target (pixels,1) its labels, with 0 for
     ignored pixels. Both functions may overwrite rows. derivative(rows, target, upstream) returns
@@ -403,8 +403,8 @@ def cirkd_loss(map_S, map_T, labels, temperature=0.1):
     For each ordered pair of images (i, j) and each pixel of i: the softmax, over the pixels of j,
     of its cosines to them divided by the temperature. map_S, map_T: (B,C,h,w), the channels may
     differ. Mean over labelled pixels of i and over the pairs; ignored pixels of j are left out.
-    The memory banks are left out too. As the natural control for L_pc it compares all patches of a
-    batch, but by softmaxes. Per process where there are several.
+    It compares all patches of a batch, as L_pc does, but by softmaxes: a control for L_pc. The
+    memory banks are left out. Per process where there are several.
     """
     valid = (labels != IGNORE).flatten(1)  # B,n
 
@@ -436,8 +436,9 @@ def on_one_grid(labels, *maps):
     """The maps and, last, the labels at crop/8, rounded up, the grid of a teacher of stride 8."""
     grid = [-(-side // 8) for side in labels.shape[1:]]
     nearest = F.interpolate(labels[:, None].float(), grid, mode="nearest-exact")[:, 0].long()
-    # a map that shrinks is antialiased: else most of mit_nano's logits would get no gradient
-    return *(resize(x, grid, antialias=x.shape[-1] > grid[-1]) for x in maps), nearest
+    # a map that shrinks more than twice is antialiased: without it most of mit_nano's logits would
+    # get no gradient. CUDA has no deterministic form of it
+    return *(resize(x, grid, antialias=x.shape[-1] > 2 * grid[-1]) for x in maps), nearest
 
 
 def ce(S, T, labels):
@@ -492,9 +493,11 @@ def pdd_fitnet(S, T, labels, kl="forward"):
 
 
 def vlfd(S, T, labels, kl="forward"):
-    terms = c2vkd(S, T, labels, kl)
-    del terms["pdd"]
-    return {"ce": cross_entropy(S.logits, labels)} | terms
+    V_S, V_T = visual_maps(S, T)
+    return {"ce": cross_entropy(S.logits, labels),
+            "gb": global_visual_loss(V_S, V_T, kl),
+            "pc": patch_loss(V_S, V_T),
+            "lc": linguistic_loss(S.embedding, T.embedding, kl)}
 
 
 NEEDS = {"teacher", "A_v", "A_l"}

@@ -189,7 +189,7 @@ def published(name, source):
 
 def is_backbone(state):
     """Whether a state dict is a backbone's alone. A finished teacher has names in backbone."""
-    return not any(key.startswith("backbone.") for key in state)
+    return not any(str(key).startswith("backbone.") for key in state)
 
 
 # ---------------------------------------------------------------- the attention pool

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -64,7 +64,7 @@ def distil(run, weights, teacher=None, pool=None):
     shown = {"teacher": teacher, "student": student}
     log = Log(run, checkpoint.step, measured=measured_steps(stage.steps))
     if checkpoint.step == 0:
-        log.write(0, miou=validate(run, 0, student, shown))
+        log.write(0, validate(run, 0, student, shown))
 
     for step, images, labels in batches(run, checkpoint.step, "A_v" in method.needs):
         set_rate(optimizer, schedule(step, stage.steps, stage.warmup, power=1))
@@ -83,11 +83,10 @@ def distil(run, weights, teacher=None, pool=None):
         optimizer.step()
 
         log.add(terms)
-        if run.validates(step):
-            log.write(step, optimizer, trained, validate(run, step, student, shown))
-            checkpoint.save(step)
-        elif run.writes(step):
-            log.write(step, optimizer, trained)
+        if run.writes(step):
+            log.close_row(step, optimizer, trained)
+            miou = validate(run, step, student, shown) if run.validates(step) else None
+            log.write(step, miou)
             checkpoint.save_if_due(step)
     return student.eval()
 
@@ -117,12 +116,11 @@ def train_teacher(run, weights):
         optimizer.step()
 
         log.add(terms)
-        if run.validates(step):
-            miou = validate(run, step, teacher, {"teacher": teacher})
-            log.write(step, optimizer, teacher, miou)
-            checkpoint.save(step)
-        elif run.writes(step):
-            log.write(step, optimizer, teacher)
+        if run.writes(step):
+            log.close_row(step, optimizer, teacher)
+            shown = {"teacher": teacher}
+            miou = validate(run, step, teacher, shown) if run.validates(step) else None
+            log.write(step, miou)
             checkpoint.save_if_due(step)
     return teacher.freeze()
 
@@ -152,7 +150,8 @@ def fit_pool(run, teacher):
 
         log.add(terms)
         if run.writes(step):
-            log.write(step, optimizer, fitter)
+            log.close_row(step, optimizer, fitter)
+            log.write(step)
             checkpoint.save_if_due(step)
     if run.machine.rank == 0 and not (run.folder / "report.txt").exists():
         report_pool(run, fitter, teacher)
@@ -163,12 +162,12 @@ def fit_pool(run, teacher):
 
 @dataclass(frozen=True)
 class Stage:
-    """The identity of a stage: all that its result depends on. Kept in its last.pt as a dict.
+    """The identity of a stage: what its result depends on. Kept in its last.pt as a dict.
 
     A run continues only from a last.pt of an equal Stage.
     """
     stage: str  # teacher, pool or student
-    network: str  # a row of TEACHERS or VARIANTS
+    network: str  # a row of TEACHERS or VARIANTS, or attention_pool
     initial: str  # what it starts from: none, imagenet, or a file's name and digest
     steps: int
     rate: float  # of the optimizer, at its highest
@@ -180,19 +179,29 @@ class Stage:
     seed: int
     dataset: str
     classes: tuple  # names
-    labels: str  # digest of the label files
+    labels: str  # digest of the label files of train and val
+    pictures: str  # digest of the names and sizes of the picture files
     weights: dict  # of the terms
     method: str | None = None
     kl: str | None = None
     unlabelled: int = 0  # pictures without labels that the method uses
-    teacher: dict | None = None  # the teacher's Stage
+    teacher: dict | None = None  # the teacher's Stage, or name and digest of a given one
     pool: dict | None = None  # the pool's Stage, or the digest of CLIP's file
 
     def differences(self, saved):
         """Names of the fields, with both values, in which a saved Stage's dict differs."""
-        mine = plain(self)
-        return [f"{name} (there {shorten(saved.get(name))}, here {shorten(value)})"
-                for name, value in mine.items() if saved.get(name) != value]
+        return differing(saved, plain(self))
+
+
+def differing(there, here, prefix=""):
+    found = []
+    for name, value in here.items():
+        other = there.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += differing(other, value, f"{prefix}{name}.")
+        elif value != other:
+            found.append(f"{prefix}{name} (there {shorten(other)}, here {shorten(value)})")
+    return found
 
 
 def plain(stage):
@@ -207,7 +216,12 @@ def shorten(value):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how often: nothing here changes what is learnt, last digits apart."""
+    """Where and how often.
+
+    The number of processes and the kind of device change the random numbers of dropout, the
+    precision and the batches of some losses. They are no part of a stage's identity all the same:
+    a run may go on elsewhere.
+    """
     device: torch.device
     rank: int = 0
     processes: int = 1
@@ -240,7 +254,7 @@ class Run:
         return plain(self.stage)
 
     def place(self, module):
-        """The module on the run's device."""
+        """The module on the run's device, with BatchNorm over all processes on CUDA."""
         module = module.to(self.machine.device, memory_format=torch.channels_last)
         if self.machine.processes > 1 and self.machine.cuda:
             return torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -270,7 +284,7 @@ def measured_at(steps):
 
 
 def measured_steps(steps):
-    """The five steps up to each of those, whose batches are averaged."""
+    """The steps whose gradients are measured: the last five up to each of `measured_at`."""
     return {end - i for end in measured_at(steps) for i in range(5) if end > i}
 
 
@@ -294,8 +308,8 @@ def batches(run, begin, unlabelled=False):
     bar = progress(loader, desc=stage.stage, total=stage.steps, initial=begin, unit="step",
                    disable=machine.rank > 0)
     for step, (images, labels) in enumerate(bar, begin + 1):
-        # dropout and stochastic depth are a function of seed and step, so that nothing random has
-        # to be saved
+        # dropout and stochastic depth are a function of seed, step and process, so that nothing
+        # random has to be saved
         process = (step - 1) * machine.processes + machine.rank
         torch.manual_seed(stage.seed + 1_000_003 * (process + 1))
         images = normalise(images.to(machine.device, non_blocking=True))
@@ -320,7 +334,7 @@ def set_rate(optimizer, factor):
 
 
 def teacher_optimizer(teacher, stage):
-    """AdamW from random weights, the field's usual SGD from ImageNet's."""
+    """AdamW from random weights, the field's usual SGD from ImageNet's or a file's."""
     # unstated: how the teacher was trained, here the fresh head learns ten times faster
     if stage.initial == "none":
         return torch.optim.AdamW(teacher.parameters(), stage.rate, weight_decay=0.01)
@@ -357,7 +371,7 @@ def validate(run, step, network, shown):
 
 
 class Log:
-    """log.csv of a stage: each row holds means over the steps since the last one.
+    """log.csv of a stage: a row holds means over the steps since the last one.
 
     measured: the steps whose gradients are given to `add_gradients`.
     """
@@ -371,20 +385,21 @@ class Log:
         self.fields += ["val_miou"] if run.stage.stage != "pool" else []
         if run.machine.rank == 0 and begin < run.stage.steps:  # a finished log is only read
             self.cut(begin)
-        self.clear()
+        self.values, self.gradients, self.row, self.shown = [], [], {}, ""
+        self.began = time.monotonic()
 
     def cut(self, begin):
         """Drop the rows that a killed run wrote after its last checkpoint."""
         rows = []
         if begin and self.path.exists():
             with open(self.path, newline="") as f:
-                rows = [row for row in csv.DictReader(f)
-                        if None not in row.values() and int(row["step"]) <= begin]
+                rows = [row for row in csv.DictReader(f) if None not in row.values()]
+            if rows and list(rows[0]) != self.fields:
+                raise InputError(f"{self.path}: its columns are not those of this run; restore it "
+                                 "or move it away")
+            rows = [row for row in rows if int(row["step"]) <= begin]
         lines = [",".join(self.fields), *(",".join(row.values()) for row in rows)]
         write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
-
-    def clear(self):
-        self.values, self.gradients, self.began = [], [], time.monotonic()
 
     def add(self, terms):
         """Keep a step's unweighted terms, on their device."""
@@ -394,38 +409,44 @@ class Log:
         """Keep each term's gradient norm in the encoder and its cosine with cross-entropy's."""
         self.gradients.append(gradient_norms_and_cosines(terms, ce, encoder))
 
-    def write(self, step, optimizer=None, module=None, miou=None):
-        """Append a row. Raises InputError where a loss or a parameter is not finite."""
-        row = {"step": step} | ({} if miou is None else {"val_miou": f"{miou:.3f}"})
-        weighted = {}
-        if self.values:
-            values = losses.all_sum(torch.stack(self.values)).double().cpu()  # steps, terms
-            values /= self.run.machine.processes
-            self.check_finite(step, values, module)
-            means = dict(zip(self.names, values.mean(0).tolist()))
-            weighted = {n: self.run.stage.weights[n] * v for n, v in means.items()}
-            seconds = (time.monotonic() - self.began) / len(values)
-            row |= {"lr": f"{optimizer.param_groups[0]['lr']:.4g}",
-                    "seconds_per_step": f"{seconds:.3f}",
-                    "total": f"{sum(weighted.values()):.6g}"}
-            row |= {f"raw_{n}": f"{v:.6g}" for n, v in means.items()}
-            row |= {f"weighted_{n}": f"{v:.6g}" for n, v in weighted.items()}
-        if self.gradients:
-            norms, cosines = torch.tensor(self.gradients).mean(0).unbind(1)  # terms
-            row |= {f"grad_{n}": f"{v:.6g}" for n, v in zip(self.names, norms.tolist())}
-            row |= {f"cos_{n}": f"{v:.4f}" for n, v in zip(self.names, cosines.tolist())}
-        if self.run.machine.rank == 0:
-            with open(self.path, "a", newline="") as f:
-                csv.DictWriter(f, self.fields, lineterminator="\n").writerow(row)
-            self.show(step, weighted, miou)
-        self.clear()
+    def close_row(self, step, optimizer, module):
+        """Means of what was added. Raises InputError where a loss or a parameter is not finite.
 
-    def show(self, step, weighted, miou):
+        This comes before a validation, whose time does not count, and whose score of a network
+        that is not finite must not be kept.
+        """
+        values = losses.all_sum(torch.stack(self.values)).double().cpu()  # steps, terms
+        values /= self.run.machine.processes
+        self.check_finite(step, values, module)
+        seconds = (time.monotonic() - self.began) / len(values)
+        raw = dict(zip(self.names, values.mean(0).tolist()))
+        weighted = {n: self.run.stage.weights[n] * v for n, v in raw.items()}
+        self.row = {"lr": f"{optimizer.param_groups[0]['lr']:.4g}",
+                    "seconds_per_step": f"{seconds:.3f}", "total": f"{sum(weighted.values()):.6g}"}
+        self.row |= {f"raw_{n}": f"{v:.6g}" for n, v in raw.items()}
+        self.row |= {f"weighted_{n}": f"{v:.6g}" for n, v in weighted.items()}
+        if self.gradients and step in measured_at(self.run.stage.steps):
+            norms, cosines = torch.tensor(self.gradients).mean(0).unbind(1)  # terms
+            self.row |= {f"grad_{n}": f"{v:.6g}" for n, v in zip(self.names, norms.tolist())}
+            self.row |= {f"cos_{n}": f"{v:.4f}" for n, v in zip(self.names, cosines.tolist())}
+            self.gradients = []
+        self.shown = " ".join(f"{n} {v:.3f}" for n, v in weighted.items())
+
+    def write(self, step, miou=None):
+        """Append the row, with the score of a validation, and begin the next one."""
+        if self.run.machine.rank == 0:
+            scored = {} if miou is None else {"val_miou": f"{miou:.3f}"}
+            with open(self.path, "a", newline="") as f:
+                writer = csv.DictWriter(f, self.fields, lineterminator="\n")
+                writer.writerow({"step": step} | self.row | scored)
+            self.show(step, miou)
+        self.values, self.row, self.began = [], {}, time.monotonic()
+
+    def show(self, step, miou):
         stage = self.run.stage
-        shown = " ".join(f"{n} {v:.3f}" for n, v in weighted.items())
         scored = "" if miou is None else f" val mIoU {miou:.2f}"
         if scored or not (sys.stderr and sys.stderr.isatty()):  # a terminal has the bar
-            tqdm.write(f"{stage.stage} {step}/{stage.steps}: {shown}{scored}")
+            tqdm.write(f"{stage.stage} {step}/{stage.steps}: {self.shown}{scored}")
 
     def check_finite(self, step, values, module):
         """A non-finite step must not reach a checkpoint. Seed and step identify the batch."""
@@ -493,9 +514,9 @@ class Checkpoint:
                                     "run the same command again to continue")
 
     def save_if_due(self, step):
-        """Save at the last step, every quarter of an hour, and where a signal asks for the end."""
+        """Save with each validation, every quarter of an hour, and where a signal asks for it."""
         late = time.monotonic() - self.saved > self.SAVE_SECONDS
-        if step == self.run.stage.steps or any_process(late or Stop.asked):
+        if self.run.validates(step) or any_process(late or Stop.asked):
             self.save(step)
 
 
@@ -509,11 +530,12 @@ def read_last(path):
 
 
 def refuse_another_stage(path, stage, saved):
-    differing = stage.differences(saved)
-    if differing:
-        other = "--out or --name" if stage.stage == "student" else "--out"
-        raise InputError(f"{path}: from a different experiment: {'; '.join(differing)}; choose "
-                         f"another {other}, or give its options")
+    found = stage.differences(saved)
+    if found:
+        remedy = {"teacher": "choose another --out", "pool": "delete its folder",
+                  "student": "choose another --out or --name"}[stage.stage]
+        raise InputError(f"{path}: from a different experiment: {'; '.join(found)}; {remedy}, or "
+                         "give its options")
 
 
 # ---------------------------------------------------------------- several processes
@@ -572,8 +594,7 @@ class Stop:
 
 def train(args, machine):
     """Stages 1 to 3 as far as the method needs them, then the table."""
-    data, labels = open_labelled(args, machine)
-    plan = Plan(args, machine, data, labels)
+    plan = Plan(args, machine, *open_labelled(args))
     check_early(plan, args)
     announce(plan, args)
 
@@ -593,14 +614,14 @@ def train(args, machine):
         add_entry(entries, "student alone" if method == "ce" else f"student {method}", student, run)
     if machine.rank == 0:
         if plan.methods and "student alone" not in entries:
-            add_student_alone(entries, plan.student("ce"), run)
+            add_student_alone(entries, plan.student("ce"))
         report_run(plan, run if plan.methods else found, entries)
 
 
 class Plan:
     """What the command line asks for, as Runs. The stages know nothing of the command line."""
 
-    def __init__(self, args, machine, data, labels):
+    def __init__(self, args, machine, data, digests):
         self.args, self.machine, self.data = args, machine, data
         self.root = Path(args.out) / args.dataset
         self.methods = [args.method]
@@ -614,7 +635,7 @@ class Plan:
         self.common = dict(
             warmup=args.warmup, batch_size=args.batch_size, base=args.base, crop=args.crop,
             scale=tuple(args.scale), dataset=args.dataset, classes=tuple(data.classes),
-            labels=labels)
+            **digests)
 
     def run(self, stage, folder, **more):
         """A Run, and what its files say of it to evaluate.py."""
@@ -664,8 +685,8 @@ class Plan:
                         conditions=conditions, options=options)
 
 
-def open_labelled(args, machine):
-    """The data and the digest of its labels. Raises InputError for data that cannot train."""
+def open_labelled(args):
+    """The data and its two digests in a Stage. Raises InputError for data that cannot train."""
     cache = Path(args.out) / args.dataset / "labels.json"
     with one_process_first():  # it draws or downloads, and reads all labels
         data = open_dataset(args.dataset, args.data)
@@ -673,7 +694,16 @@ def open_labelled(args, machine):
         scan = scan_labels(data, cache)
     for line in judge_labels(data, scan):
         print(line)
-    return data, scan.digest
+    return data, {"labels": scan.digest, "pictures": digest_of_pictures(data)}
+
+
+def digest_of_pictures(data):
+    """Of the names and sizes of the pictures that are trained on or validated."""
+    digest = hashlib.sha256()
+    for split in ("train", "val", "unlabelled"):
+        for picture, _ in data.pairs.get(split, ()):
+            digest.update(f"{split}/{picture.name} {picture.stat().st_size}\n".encode())
+    return digest.hexdigest()
 
 
 def check_early(plan, args):
@@ -688,6 +718,8 @@ def check_early(plan, args):
                          f"images a process on CPUs; take {2 * machine.processes} or more")
     if args.clip:
         load_clip_pool(args.clip, TEACHERS[args.teacher].channels, grid=16)
+    for method in plan.methods:
+        refuse_early(plan, method)
     lasts = [plan.student(method).folder / "last.pt" for method in plan.methods]
     if not agreed(all(last.exists() for last in lasts)):
         with one_process_first():
@@ -695,6 +727,20 @@ def check_early(plan, args):
             left = load_encoder(student.encoder, args.student, args.student_weights)
         if left:
             print(f"student encoder: {args.student_weights}; not loaded: {', '.join(left)}")
+
+
+def refuse_early(plan, method):
+    """Raise InputError where the student's folder holds another experiment than planned."""
+    run, needs = plan.student(method), METHODS[method].needs
+    last = run.folder / "last.pt"
+    if not agreed(last.exists()):
+        return
+    saved = read_last(last)["stage"]
+    # the pool, and the identity of a given teacher, are known later
+    known = replace(run.stage, teacher=saved["teacher"], pool=saved["pool"])
+    if "teacher" in needs and not is_finished_teacher(plan.args.teacher_weights):
+        known = replace(known, teacher=adopt(plan.teacher(), quiet=True).identity)
+    refuse_another_stage(last, known, saved)
 
 
 def announce(plan, args):
@@ -715,7 +761,7 @@ def announce(plan, args):
 
 @contextmanager
 def at_work(run):
-    """Two runs never write into one folder. Finished stages may be read by many."""
+    """Two runs never train in one folder. Finished stages may be read by many."""
     last = run.folder / "last.pt"
     finished = last.exists() and read_last(last)["step"] == run.stage.steps
     if run.machine.rank > 0 or finished:
@@ -725,12 +771,15 @@ def at_work(run):
             yield
 
 
-# What a finished teacher or pool was trained with is no reason to train it again
+# Fields in which a finished teacher or pool may differ from what is asked
 LOOSE = ("batch_size", "base", "crop", "scale", "rate", "warmup")
 
 
-def adopt(run):
-    """The run, or that of the finished stage in its folder if only LOOSE fields differ."""
+def adopt(run, quiet=False):
+    """The run, or that of the finished stage in its folder if only LOOSE fields differ.
+
+    A NOTE says so, unless quiet.
+    """
     path = run.folder / "last.pt"
     if not agreed(path.exists()):
         return run
@@ -741,8 +790,10 @@ def adopt(run):
     finished = last["step"] == last["stage"].get("steps")
     if adopted == run.stage or not finished or adopted.differences(last["stage"]):
         return run
-    print(f"NOTE: {run.folder}: this {run.stage.stage} is finished and is used as it is, though "
-          f"trained with other settings: {'; '.join(run.stage.differences(last['stage']))}")
+    if not quiet:
+        others = "; ".join(run.stage.differences(last["stage"]))
+        print(f"NOTE: {run.folder}: this {run.stage.stage} is finished and is used as it is, "
+              f"though trained and scored with other settings: {others}")
     return replace(run, stage=adopted)
 
 
@@ -825,9 +876,10 @@ def scores_of_given(plan, args, teacher, given):
     path = given.folder / "results-val.json"
     conditions = {"labels": plan.common["labels"], "base": args.base, "crop": args.crop}
     if agreed(path.exists()):
-        known = read_scores(path)
-        if known.get("conditions") == conditions:
-            return known
+        with suppress(InputError):  # what cannot be read is measured again
+            known = read_scores(path)
+            if known["conditions"] == conditions:
+                return known
     machine = plan.machine
     matrix = evaluate(teacher, plan.data, "val", args.base, args.crop, machine.device,
                       workers=machine.workers).cpu()
@@ -895,11 +947,15 @@ def words_of_pool(found, truth, classes):
 def add_entry(entries, name, network, run):
     """A row of the table: the network, its scores on val and its log."""
     if run.machine.rank == 0:
-        result = read_scores(run.folder / "results-val.json")
+        path = run.folder / "results-val.json"
+        result = read_scores(path)
+        if result["step"] != run.stage.steps:
+            raise InputError(f"{path}: of step {result['step']}, not of the last one; run "
+                             "evaluate.py on the last.pt beside it")
         entries[name] = network, result, run.folder / "log.csv"
 
 
-def add_student_alone(entries, alone, taught):
+def add_student_alone(entries, alone):
     """The same student's finished run without a teacher, if it is at hand."""
     last = alone.folder / "last.pt"
     if not last.exists() or not (alone.folder / "results-val.json").exists():
@@ -907,7 +963,7 @@ def add_student_alone(entries, alone, taught):
     state = load_checkpoint(last)
     if alone.stage.differences(state.get("stage", {})) or state["step"] < alone.stage.steps:
         return
-    network, _ = load_network(last, taught.machine.device)
+    network, _ = load_network(last, alone.machine.device)
     add_entry(entries, "student alone", network.to(memory_format=torch.channels_last), alone)
 
 
@@ -1057,6 +1113,12 @@ def refuse_useless(args):
     if args.teacher_weights == "voc" and args.dataset != "voc":
         raise InputError("--teacher-weights voc: that model knows VOC's classes only; use "
                          "imagenet, none or a FILE")
+    if not method and (args.name or args.seed):
+        raise InputError("--method teacher: takes --teacher-seed and no --name; those and --seed "
+                         "go with a student's method")
+    label = (args.name or "").removesuffix(f"-seed{args.seed}")
+    if label != args.method and label in METHODS or label.startswith("teacher-"):
+        raise InputError(f"--name {args.name}: is the name of something else; choose another")
     folder = Path(args.name or "default")
     if folder.is_absolute() or ".." in folder.parts or not folder.name:
         raise InputError(f"--name {args.name}: leaves the folder of the runs; --out chooses that")

@@ -14,7 +14,7 @@ from torch.multiprocessing import start_processes
 import data
 import losses
 import train
-from conftest import TEACHER, machine_of, options, put_folder
+from conftest import DIGESTS, TEACHER, machine_of, options, put_folder
 from data import InputError
 from evaluate import evaluate
 from student import Student
@@ -101,7 +101,7 @@ def gradients(args, machine, folder, images, labels):
             args.term_weights = train.term_weights(args)
             args.out = f"{args.out}-"  # a folder without a checkpoint
             needs = losses.METHODS[args.method].needs
-            run = train.Plan(args, machine, pictures, "labels").student(args.method)
+            run = train.Plan(args, machine, pictures, DIGESTS).student(args.method)
             train.distil(run, "none", teacher if "teacher" in needs else None,
                          pool if "A_l" in needs else None)
     torch.set_default_dtype(torch.float32)
@@ -166,7 +166,7 @@ def test_the_processes_share_one_stream(folder, tmp_path, unlabelled):
 
     def batches(*who):
         args, machine = prepare(options(folder, tmp_path, "--teacher-steps", 6), *who)
-        run = train.Plan(args, machine, pictures, "labels").teacher()
+        run = train.Plan(args, machine, pictures, DIGESTS).teacher()
         found = list(train.batches(run, 1, unlabelled))  # continued
         assert [step for step, *_ in found] == [2, 3, 4, 5, 6]
         return [batch for _, *batch in found]

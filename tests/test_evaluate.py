@@ -494,6 +494,17 @@ def test_exported_onnx_is_the_same_function(checkpoint, tmp_path, run):
 
 # ---------------------------------------------------------------- the command line
 
+@pytest.mark.parametrize("stage, name, why", [
+    ({"labels": "others"}, "last.pt", "the labels have changed since training"),
+    ({}, "copy.pt", "the file is not the last.pt of its folder")])
+def test_a_score_that_is_not_the_runs_own_is_not_kept(checkpoint, run, capsys, stage, name, why):
+    torch.save(torch.load(checkpoint) | {"stage": stage}, checkpoint.with_name(name))
+    run("--checkpoint", checkpoint.with_name(name))
+    text = capsys.readouterr().out
+    assert "mIoU" in text and f"not kept for --compare: {why}" in text
+    assert not (checkpoint.parent / "results-val.json").exists()
+
+
 def test_evaluation_writes_the_result_beside_the_checkpoint(checkpoint, data, run, capsys):
     run("--checkpoint", checkpoint)
     text = capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 import data
 import losses
 import train
-from conftest import SMALL, machine_of, options, put_folder
+from conftest import DIGESTS, SMALL, machine_of, options, put_folder
 from student import Student, StudentWithHeads
 from teacher import TEACHERS, AttentionPool, Teacher
 
@@ -92,7 +92,7 @@ def test_gradients_and_optimizer_of_stage_one_are_gone_before_stage_three(tmp_pa
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     folder = put_folder(tmp_path / "data", 4)
     args = train.parse_options(options(folder, tmp_path / "runs", "--teacher-steps", 1))
-    plan = train.Plan(args, machine_of(args), data.open_dataset("folder", folder), "labels")
+    plan = train.Plan(args, machine_of(args), data.open_dataset("folder", folder), DIGESTS)
     teacher = train.train_teacher(plan.teacher(), "none")
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert [optimizer() for optimizer in Watched.made] == [None]

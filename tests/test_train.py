@@ -15,7 +15,8 @@ import losses
 import student
 import teacher
 import train
-from conftest import TEACHER, differing, error_of, machine_of, options, put_folder, result, rows_of
+from conftest import (DIGESTS, TEACHER, differing, error_of, machine_of, options, put_folder, result,
+                      rows_of)
 from conftest import run as train_with
 from data import InputError
 from losses import METHODS, Method
@@ -167,7 +168,7 @@ def test_the_first_command_trains_the_teacher_and_two_students_that_begin_alike(
 
 def test_training_leaves_teacher_and_pool_bitwise_unchanged(folder, tmp_path):
     args = train.parse_options(options(folder, tmp_path, "--method", "c2vkd"))
-    plan = train.Plan(args, machine_of(args), data.open_dataset("folder", folder), "labels")
+    plan = train.Plan(args, machine_of(args), data.open_dataset("folder", folder), DIGESTS)
     frozen = [teacher.Teacher("deeplabv3_resnet10", 3).eval(), teacher.AttentionPool(512, 4).eval()]
     before = [{k: v.clone() for k, v in module.state_dict().items()} for module in frozen]
     # their parameters ask for gradients: distil itself must keep these away
@@ -230,14 +231,15 @@ def test_an_unfinished_teacher_or_one_of_other_steps_is_refused(folder, out, cap
         torch.save(torch.load(path) | {"step": 3}, path)
     before = result(out)
     message = error_of(train.main, options(folder, out, *change.split()), capsys)
-    assert f"{path}: from a different experiment: {found}; choose another --out" in message
+    assert f"{path}: from a different experiment: {found}; " in message
     assert differing(out, before) == []
 
 
 def test_the_teacher_has_a_seed_of_its_own(folder, taught, tmp_path):
-    train_with(options(folder, tmp_path, "--method", "teacher", "--seed", 7))
-    found = {k: v for k, v in result(taught).items() if k.startswith(TEACHER)}
-    assert differing(tmp_path / "folder", found) == []
+    train_with(options(folder, tmp_path, "--method", "kd", "--seed", 7))
+    found = {k: v for k, v in result(taught).items()
+             if k == f"{TEACHER}/last.pt"}
+    assert all(result(tmp_path / "folder")[k] == v for k, v in found.items())
     train_with(options(folder, tmp_path, "--method", "teacher", "--teacher-seed", 1))
     first, second = last(tmp_path / "folder" / TEACHER), last(tmp_path / f"folder/{TEACHER}-seed1")
     assert second["stage"]["seed"] == 1
@@ -373,7 +375,7 @@ def test_a_given_teacher_needs_no_stage_one_and_is_scored_once(folder, taught, t
         train_with([*argv, "--teacher-weights", str(tmp_path / "begun.pt")])
     capsys.readouterr()
     message = error_of(train.main, options(folder, tmp_path / "runs", "--method", "kd"), capsys)
-    assert "kd-mit_nano-seed0/last.pt: from a different experiment: teacher (there " in message
+    assert "kd-mit_nano-seed0/last.pt: from a different experiment: teacher." in message
 
 
 def test_a_teacher_trained_elsewhere_is_read_from_a_plain_state_dict(folder, tmp_path, capsys,
@@ -434,3 +436,37 @@ def test_a_second_signal_stops_at_once(monkeypatch, capsys):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- scores are those of the run
+
+def test_a_network_that_is_not_finite_is_not_scored(folder, tmp_path, monkeypatch, capsys):
+    def broken(S, T, labels):
+        return {"ce": losses.cross_entropy(S.logits, labels) * torch.nan}
+
+    monkeypatch.setitem(losses.METHODS, "broken", losses.Method(broken, {"ce": 1.0}, needs=()))
+    message = error_of(train.main, options(folder, tmp_path, "--method", "broken"), capsys)
+    assert "a loss or its gradient is not finite" in message
+    assert not list(tmp_path.rglob("results-val.json")) and not list(tmp_path.rglob("last.pt"))
+
+
+def test_pictures_replaced_in_place_are_refused(folder, tmp_path, capsys):
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    train_with(options(mine, tmp_path / "runs", "--method", "ce"))
+    next((mine / "images/train").iterdir()).write_bytes(b"other")
+    message = error_of(train.main, options(mine, tmp_path / "runs", "--method", "ce"), capsys)
+    assert "from a different experiment: pictures (there " in message
+
+
+def test_scores_of_another_step_are_not_shown_as_the_runs_own(folder, tmp_path, capsys):
+    argv = options(folder, tmp_path, "--method", "ce")
+    train_with(argv)
+    path = next(tmp_path.rglob("results-val.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 1}))
+    assert f"{path}: of step 1, not of the last one" in error_of(train.main, argv, capsys)
+
+
+@pytest.mark.parametrize("name", ["kd-seed0", "teacher-mine"])
+def test_a_name_that_means_something_else_is_refused(name):
+    with pytest.raises(InputError, match=f"--name {name}: is the name of something else"):
+        train.parse_options(["--method", "ce", "--name", name])
