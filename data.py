@@ -808,15 +808,19 @@ def _colour(text):
 
 def _mapping(items, classes):
     """--map as a dict, value -> class index. Raises InputError."""
-    known = {str(k): k for k in range(len(classes))}
-    known |= {name: k for k, name in enumerate(classes)} | {"ignore": IGNORE, "255": IGNORE}
+    known = {str(k): {k} for k in range(len(classes))} | {"ignore": {IGNORE}, "255": {IGNORE}}
+    for k, name in enumerate(classes):
+        known.setdefault(name, set()).add(k)
     mapping = {}
     for item in items:
         value, _, name = item.partition("=")
         if not value.isdecimal() or name not in known or int(value) in mapping:
             raise InputError(f"--map {item}: takes VALUE=CLASS once a value, with the class's "
                              f"name, its index 0 to {len(classes) - 1}, or ignore")
-        mapping[int(value)] = known[name]
+        if len(known[name]) > 1:
+            raise InputError(f"--map {item}: {name} is the name of a class and means something "
+                             "else, too; give that class another name in classes.txt")
+        mapping[int(value)], = known[name]
     return mapping
 
 

@@ -738,6 +738,16 @@ def test_wrong_options_of_a_conversion_are_named(tmp_path, script, argv, words):
     assert code == 2 and words in last and not (tmp_path / "new").exists()
 
 
+def test_a_target_that_names_one_class_and_means_another_is_refused(tmp_path, script):
+    names = "1 128 64 128\nignore 250 170 30\n255 70 130 180\n"
+    root, new = put_folder(tmp_path / "d", [INDICES], names), tmp_path / "new"
+    for target in ("1", "ignore", "255"):
+        code, _, last = script(root, "--convert", new, "--map", f"2={target}")
+        assert code == 2 and f"--map 2={target}: {target} is the name of a class and" in last
+        assert last.endswith("in classes.txt") and not new.exists()
+    assert script(root, "--convert", new, "--map", "0=0", "1=2", "2=2")[0] == 0
+
+
 def test_a_conversion_that_fails_on_the_way_leaves_nothing(tmp_path, script, monkeypatch):
     root = put_folder(tmp_path / "d", [INDICES] * 3)
 
