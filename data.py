@@ -736,7 +736,7 @@ def class_table(data, seen, mapping):
     seen: Counter, value or colour -> pixels. mapping: value or colour -> class index, where it is
     neither the value itself nor the class of that colour. Three equal channels are a value where
     no label has another colour and `mapping` has values, or not all are the classes' colours.
-    Raises InputError for what has no class or could have two.
+    Raises InputError for what has no class or could have two, and for a key that no label has.
     """
     known = {colour: k for k, colour in enumerate(data.palette)}
     colours = {what for what in seen if isinstance(what, tuple)}
@@ -756,6 +756,14 @@ def class_table(data, seen, mapping):
             f"{data.root}: {len(unknown)} values or colours without a class, the commonest are "
             "listed above; nothing was written; correct classes.txt, or name the classes of values "
             "with --map VALUE=CLASS, colours to be ignored with --ignore-colour R,G,B")
+
+    unused = [what for what in mapping
+              if what not in seen and not (by_value and (what, what, what) in seen)]
+    if unused:
+        held = _some([str(what) for what, _ in seen.most_common()])
+        raise InputError(f"{data.root}: no label was read as holding {_some(list(map(str, unused)))} "
+                         f"but as {held}; nothing was written; name those values with --map and "
+                         "those colours with --ignore-colour")
 
     doubtful = sorted(greys) if all_grey and not by_value else ()
     for value, _, _ in doubtful:

@@ -738,6 +738,20 @@ def test_wrong_options_of_a_conversion_are_named(tmp_path, script, argv, words):
     assert code == 2 and words in last and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("order, argv, words", (
+    ((0, 1, 2), ("--ignore-colour", "70,130,180"), "holding (70, 130, 180) but as 0, 1, 2"),
+    ((1, 0, 2), ("--map", "2=ignore"), "holding 2 but as (128, 64, 128), (250, 170, 30), "),
+    ((0, 1, 2), ("--map", "2=ignore", "7=0"), "holding 7 but as 0, 1, 2")))
+def test_values_and_colours_that_no_label_has_stop_a_conversion(tmp_path, script, order, argv,
+                                                                words):
+    root, new = put_folder(tmp_path / "d", [INDICES]), tmp_path / "new"
+    colours = [(ROAD, LIGHT, SKY)[k] for k in order]
+    for path in root.glob("labels/*/*.png"):
+        put(path, np.array(order)[INDICES], colours)
+    code, _, last = script(root, "--convert", new, *argv)
+    assert code == 2 and words in last and not new.exists()
+
+
 def test_a_target_that_names_one_class_and_means_another_is_refused(tmp_path, script):
     names = "1 128 64 128\nignore 250 170 30\n255 70 130 180\n"
     root, new = put_folder(tmp_path / "d", [INDICES], names), tmp_path / "new"
