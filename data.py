@@ -565,8 +565,8 @@ class LabelScan:
 def scan_labels(data, cache=None):
     """Read every label of every split once, with a bar -> LabelScan.
 
-    cache: a json file that keeps what was read. A label is read again where its path, size or time
-    of change is not in it, or the classes are others. Raises InputError for the first label that
+    cache: a json file that keeps what was read. A label is read again where its path, size or times
+    of change are not in it, or the classes are others. Raises InputError for the first label that
     cannot be used.
     """
     meaning = repr((data.name, data.classes, data.palette, data.lut.tolist()))
@@ -578,7 +578,9 @@ def scan_labels(data, cache=None):
 
     def look(path):
         status = path.stat()
-        key = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {meaning}"
+        # copying tools set the time of modification back, but not that of the last change
+        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+        key = f"{path.absolute()} {status.st_size} {times} {meaning}"
         if key in known:
             return key, known[key]
         counts = np.bincount(data.read_label(path).ravel(), minlength=256)

@@ -597,6 +597,14 @@ def test_labels_are_counted_once_and_again_where_they_change(tmp_path, monkeypat
     cache.write_text("{")
     assert data.scan_labels(folder, cache).digest == changed.digest
 
+    label = folder.pairs["train"][0][1]
+    old = label.stat()
+    put(label, [[1, 2, 0]])
+    os.utime(label, ns=(old.st_atime_ns, old.st_mtime_ns))  # as cp -p and rsync -t do
+    assert label.stat().st_size == old.st_size
+    assert data.scan_labels(folder, cache).digest != changed.digest
+    put(label, [[0, 2, 1]])
+
     copy = open_dataset("folder", shutil.copytree(tmp_path / "a", tmp_path / "b"))
     assert data.scan_labels(copy, cache).digest == changed.digest
     for kind in (tmp_path / "b" / "images", tmp_path / "b" / "labels"):
