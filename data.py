@@ -292,6 +292,9 @@ def _read_classes(root):
         if max(colour) > 255:
             raise InputError(f"{path}, line {number}: {line!r} is not '{form}' "
                              "with three numbers 0..255")
+        if re.search(r"\s\d+$", found[1]):  # a column more would pass for a part of the name
+            raise InputError(f"{path}, line {number}: {line!r} has a number before its colour; "
+                             "leave three numbers a line, and write a name like lane 2 as lane-2")
         if colour in palette:  # colour labels and pictures could not tell the two apart
             raise InputError(f"{path}, line {number}: {found[1]} has the colour of "
                              f"{classes[palette.index(colour)]}; give each class its own")

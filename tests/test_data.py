@@ -507,6 +507,7 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path, monkeypatch):
     ("road\nsky 1 2 3\n", ", line 1: 'road' is not 'name R G B'"),
     ("a 1 2 3\nb 1 256 3\n", ", line 2"),
     ("a 1 2 3\n\nb 1 2 3\n", ", line 3: b has the colour of a; give each class its own"),
+    ("a 1 2 3\nroad 128 64 128 255\n", ", line 2: 'road 128 64 128 255' has a number before its"),
     ("a 1 2 3\na 3 2 1\n", ": 2 classes, 1 names"),
     ("road 1 2 3\n", ": 1 classes, 1 names; 2 to 255"), ("", ": 0 classes"),
     (None, ": no such file")))
