@@ -283,7 +283,10 @@ def _read_classes(root):
     if not path.is_file():
         raise InputError(f"{path}: no such file; write one line a class: name R G B")
     classes, palette = [], []
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not in UTF-8; save it as UTF-8") from None
     for number, line in enumerate(lines, 1):
         found = re.fullmatch(pattern, line.strip())
         if not line.strip() or not found and line.strip().startswith("# "):

@@ -510,10 +510,11 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path, monkeypatch):
     ("a 1 2 3\nroad 128 64 128 255\n", ", line 2: 'road 128 64 128 255' has a number before its"),
     ("a 1 2 3\na 3 2 1\n", ": 2 classes, 1 names"),
     ("road 1 2 3\n", ": 1 classes, 1 names; 2 to 255"), ("", ": 0 classes"),
+    ("straße 1 2 3\nb 3 2 1\n", ": not in UTF-8; save it as UTF-8"),
     (None, ": no such file")))
 def test_a_wrong_classes_txt_is_named_with_its_line(tmp_path, text, message):
     path = put_folder(tmp_path, [[[0]]]) / "classes.txt"
-    path.write_text(text) if text is not None else path.unlink()
+    path.write_text(text, "latin-1") if text is not None else path.unlink()
     with pytest.raises(InputError) as e:
         open_dataset("folder", tmp_path)
     assert str(e.value).startswith(f"{path}{message}")
