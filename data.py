@@ -277,8 +277,11 @@ def _read_classes(root):
     """Names and colours of classes.txt or, where there is none, of CVAT's labelmap.txt."""
     path = root / "classes.txt"
     form, pattern = "name R G B", r"(.+?)\s+(\d+)\s+(\d+)\s+(\d+)"
-    if not path.is_file() and (root / "labelmap.txt").is_file():
-        path = root / "labelmap.txt"
+    labelmap = root / "labelmap.txt"
+    if path.is_file() and labelmap.is_file():
+        print(f"NOTE: {root}: the classes are those of classes.txt, labelmap.txt is not read")
+    elif labelmap.is_file():
+        path = labelmap
         form, pattern = "name:R,G,B::", r"([^:]+):(\d+),(\d+),(\d+)(?::.*)?"
     if not path.is_file():
         raise InputError(f"{path}: no such file; write one line a class: name R G B")

@@ -733,6 +733,10 @@ def test_cvats_labelmap_stands_for_classes_txt(tmp_path, script):
     assert script(root, "--convert", tmp_path / "new")[0] == 0
     assert converted(tmp_path / "new") == INDICES.tolist()
     assert open_dataset("folder", tmp_path / "new").classes == ["road", "traffic light", "sky"]
+    put_folder(root, [INDICES])
+    _, out, _ = script(root, "--check")
+    assert f"NOTE: {root}: the classes are those of classes.txt, labelmap.txt is not read" in out
+    (root / "classes.txt").unlink()
     (root / "labelmap.txt").write_text("road:128,64::\n")
     assert "labelmap.txt, line 1: 'road:128,64::' is not" in script(root, "--convert", "x")[2]
 
