@@ -28,6 +28,7 @@ computed in at least float32. Comments that begin with "differs" or "unstated" s
 the authors' released code and this file part.
 """
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = 255  # as in data.py; this file needs no other of the project
 
@@ -209,6 +211,8 @@ class FullSize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, labels, value, derivative):
+        # else each full-size image would be copied into rows
+        z = z.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(z, labels)
         ctx.derivative = derivative
         maps = [value(*FullSize.rows(resize(z_b, y_b.shape[1:]), y_b)).view_as(y_b)
@@ -407,15 +411,21 @@ def cirkd_loss(map_S, map_T, labels, temperature=0.1):
     memory banks are left out. Per process where there are several.
     """
     valid = (labels != IGNORE).flatten(1)  # B,n
+    rows_S, rows_T = (F.normalize(at_least_float32(x).flatten(2), dim=1).transpose(1, 2)
+                      for x in (map_S, map_T))  # B,n,C
 
-    def affinities(x):
-        x = F.normalize(at_least_float32(x).flatten(2), dim=1)  # B,C,n
-        cosines = torch.einsum("ica,jcb->ijab", x, x) / temperature  # B,B,n,n
-        # not -inf, which would give 0 * (inf - inf) in the divergence
-        return F.log_softmax(cosines.masked_fill(~valid[None, :, None], -1e9), 3)
+    def pair(S_i, S_j, T_i, T_j, valid_j):
+        def affinities(x_i, x_j):
+            # not -inf, which would give 0 * (inf - inf) in the divergence
+            return F.log_softmax((x_i @ x_j.T / temperature).masked_fill(~valid_j, -1e9), 1)  # n,n
+        return divergence(affinities(S_i, S_j), affinities(T_i, T_j), dim=1, kl="forward")  # n
 
     with torch.autocast(map_S.device.type, enabled=False):
-        rows = divergence(affinities(map_S), affinities(map_T), dim=3, kl="forward")  # B,B,n
+        # B^2 matrices of n x n would be tens of gigabytes: they are computed again backwards
+        rows = [checkpoint(pair, rows_S[i], rows_S[j], rows_T[i], rows_T[j], valid[j],
+                           use_reentrant=False)
+                for i, j in itertools.product(range(len(valid)), repeat=2)]
+    rows = torch.stack(rows).view(len(valid), len(valid), -1)  # B,B,n
     return masked_mean(rows, valid[:, None] & valid.any(1)[None, :, None])
 
 

@@ -8,11 +8,16 @@
 Stage 1 trains the teacher (`train_teacher`), stage 2 fits the pool P (`fit_pool`), stage 3 distils
 (`distil`). The same command again continues where it stopped. A finished run prints its table.
 """
+import os
+
+# Two threads that wait for each other on a busy machine must not burn its cores. OpenMP reads this
+# once, when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import csv
 import hashlib
 import math
 import multiprocessing
-import os
 import signal
 import sys
 import time
