@@ -771,10 +771,10 @@ def class_table(data, seen, mapping):
     unused = [what for what in mapping
               if what not in seen and not (by_value and (what, what, what) in seen)]
     if unused:
-        held = _some([str(what) for what, _ in seen.most_common()])
-        raise InputError(f"{data.root}: no label was read as holding {_some(list(map(str, unused)))} "
-                         f"but as {held}; nothing was written; name those values with --map and "
-                         "those colours with --ignore-colour")
+        named, held = (_some(list(map(str, found))) for found in (unused, sorted(seen, key=str)))
+        raise InputError(f"{data.root}: no label holds {named}, they were read as {held}; nothing "
+                         "was written; name such values with --map, such colours with "
+                         "--ignore-colour")
 
     doubtful = sorted(greys) if all_grey and not by_value else ()
     for value, _, _ in doubtful:

@@ -753,9 +753,10 @@ def test_wrong_options_of_a_conversion_are_named(tmp_path, script, argv, words):
 
 
 @pytest.mark.parametrize("order, argv, words", (
-    ((0, 1, 2), ("--ignore-colour", "70,130,180"), "holding (70, 130, 180) but as 0, 1, 2"),
-    ((1, 0, 2), ("--map", "2=ignore"), "holding 2 but as (128, 64, 128), (250, 170, 30), "),
-    ((0, 1, 2), ("--map", "2=ignore", "7=0"), "holding 7 but as 0, 1, 2")))
+    ((0, 1, 2), ("--ignore-colour", "70,130,180"),
+     "no label holds (70, 130, 180), they were read as 0, 1, 2;"),
+    ((1, 0, 2), ("--map", "2=ignore"), "no label holds 2, they were read as (128, 64, 128), (250"),
+    ((0, 1, 2), ("--map", "2=ignore", "7=0"), "no label holds 7, they were read as 0, 1, 2;")))
 def test_values_and_colours_that_no_label_has_stop_a_conversion(tmp_path, script, order, argv,
                                                                 words):
     root, new = put_folder(tmp_path / "d", [INDICES]), tmp_path / "new"
