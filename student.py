@@ -197,8 +197,9 @@ class Decoder(nn.Module):
 
     D is `width`. The official head interpolates all stages to the first one's size, concatenates
     them and fuses them with a 1x1 convolution. Such a convolution and bilinear interpolation
-    commute. So each stage meets its block of the fusing weights at its own size, which gives the
-    same function with the same state dict for 0.6 of the arithmetic.
+    commute, so here each stage is fused at its own size and then interpolated. Two 1x1 convolutions
+    in a row are one, so the two of a stage are multiplied first. Function and state dict are the
+    official ones.
     """
     # differs: paper and release put an FPN behind PVT, here all students have this head
 
@@ -212,9 +213,11 @@ class Decoder(nn.Module):
 
     def forward(self, maps):
         # the official fusing weights begin with the last stage
-        blocks = self.fuse.weight.chunk(4, dim=1)[::-1]
-        parts = [F.conv2d(linear(x), block)  # B,D,h_i,w_i
-                 for x, linear, block in zip(maps, self.linears, blocks)]
+        blocks = self.fuse.weight.flatten(1).chunk(4, dim=1)[::-1]  # D,D each
+        parts = []  # B,D,h_i,w_i
+        for x, linear, block in zip(maps, self.linears, blocks):
+            weight = block @ linear.weight.flatten(1)  # D,C_i
+            parts.append(F.conv2d(x, weight[:, :, None, None], block @ linear.bias))
         fused = parts[0]
         for part in parts[1:]:
             fused = fused + F.interpolate(part, fused.shape[2:], mode="bilinear")

@@ -644,7 +644,8 @@ def test_labels_of_other_kinds_become_class_indices_in_a_new_folder(tmp_path, sc
     put(root / "images" / "unlabelled" / "u.png", grey([[0]]))
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     code, out, _ = script(root, "--check")
-    assert kind == "indices" or code == 2 and "convert it to class indices with python data.py --convert" in out
+    said = "convert it to class indices with python data.py --convert" in out
+    assert kind == "indices" or code == 2 and said
 
     code, out, _ = script(root, "--convert", new)
     assert code == 0 and f"{new}: 4 labels as class indices, 5 pictures copied" in out

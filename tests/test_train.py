@@ -15,8 +15,8 @@ import losses
 import student
 import teacher
 import train
-from conftest import (DIGESTS, TEACHER, differing, error_of, machine_of, options, put_folder, result,
-                      rows_of)
+from conftest import (DIGESTS, TEACHER, differing, error_of, machine_of, options, put_folder,
+                      result, rows_of)
 from conftest import run as train_with
 from data import InputError
 from losses import METHODS, Method
