@@ -10,9 +10,9 @@ Stage 1 trains the teacher (`train_teacher`), stage 2 fits the pool P (`fit_pool
 """
 import os
 
-# Two threads that wait for each other on a busy machine must not burn its cores. OpenMP reads this
-# once, when torch is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait for each other on a busy machine must soon stop burning its cores. OpenMP reads
+# this once, when torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import csv
 import hashlib
