@@ -61,9 +61,16 @@ def folder(tmp_path_factory):
 
 # ---------------------------------------------------------------- gradients
 
-def gradients(args, machine, folder, images, labels):
+def gradients(*given):
     """Of a step of `distil`, for every method: its gradients, its terms, norms and cosines."""
     torch.set_default_dtype(torch.float64)
+    try:
+        return gradients_in_float64(*given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def gradients_in_float64(args, machine, folder, images, labels):
     torch.manual_seed(1)
     pictures, found = data.open_dataset("folder", folder), {}
     teacher, pool = Teacher(args.teacher, 3).freeze(), AttentionPool(512, 1).requires_grad_(False)
@@ -74,11 +81,13 @@ def gradients(args, machine, folder, images, labels):
     student = Student(args.student, 3)
 
     class Recording(train.Log):
-        def write(self, step, optimizer=None, module=None, miou=None):
-            if self.values:
-                gradient = torch.cat([p.grad.flatten() for p in module.parameters()])
-                terms = dict(zip(self.names, self.values[0].tolist()))
-                found[name] = gradient, terms, self.gradients[0]
+        def close_row(self, step, optimizer, module):
+            gradient = torch.cat([p.grad.flatten() for p in module.parameters()])
+            terms = dict(zip(self.names, self.values[0].tolist()))
+            found[name] = gradient, terms, self.gradients[0]
+
+        def write(self, step, miou=None):
+            pass
 
     def batches(run, *_):
         for module in modules:
@@ -104,7 +113,6 @@ def gradients(args, machine, folder, images, labels):
             run = train.Plan(args, machine, pictures, DIGESTS).student(args.method)
             train.distil(run, "none", teacher if "teacher" in needs else None,
                          pool if "A_l" in needs else None)
-    torch.set_default_dtype(torch.float32)
     return found
 
 
