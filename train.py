@@ -430,7 +430,7 @@ class Log:
                     "seconds_per_step": f"{seconds:.3f}", "total": f"{sum(weighted.values()):.6g}"}
         self.row |= {f"raw_{n}": f"{v:.6g}" for n, v in raw.items()}
         self.row |= {f"weighted_{n}": f"{v:.6g}" for n, v in weighted.items()}
-        if self.gradients and step in measured_at(self.run.stage.steps):
+        if self.gradients:
             norms, cosines = torch.tensor(self.gradients).mean(0).unbind(1)  # terms
             self.row |= {f"grad_{n}": f"{v:.6g}" for n, v in zip(self.names, norms.tolist())}
             self.row |= {f"cos_{n}": f"{v:.4f}" for n, v in zip(self.names, cosines.tolist())}
