@@ -6,7 +6,6 @@ import os
 import random
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
