@@ -47,11 +47,13 @@ from teacher import (TEACHERS, PoolFitter, Teacher, average_precision, initialis
 
 # ---------------------------------------------------------------- the three stages
 
-def distil(run, weights, teacher=None, pool=None):
+def distil(run, weights, teacher=None, pool=None, to_beat=None):
     """Stage 3: the student learns from the labels and, unless the method is `ce`, from the teacher.
 
     run: the Run of the student. weights: what its encoder starts from, see `load_encoder`.
-    teacher, pool: frozen, None where the method needs none. Returns the student.
+    teacher, pool: frozen, None where the method needs none. to_beat: the teacher's mIoU on val.
+    After a validation with a better one the student learns from the labels alone. None: it never
+    does. Returns the student.
     """
     stage, method = run.stage, METHODS[run.stage.method]
     torch.manual_seed(stage.seed)
@@ -81,17 +83,22 @@ def distil(run, weights, teacher=None, pool=None):
             S = parallel(images)  # z^S, F^S, A_v(F^S), e^S
             terms = method.terms(S, T, labels, stage.kl)
             loss = total_loss(terms, stage.weights)  # Eq. 10
-        if step in log.measured:
+            # differs: paper, release to the end, here only while the teacher is the better one
+            if checkpoint.outgrown:
+                # 0 * loss: where processes average gradients, every parameter needs one
+                loss = cross_entropy(S.logits, labels) + 0 * loss
+        if step in log.measured and not checkpoint.outgrown:
             log.add_gradients(terms, cross_entropy(S.logits, labels), student.encoder)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-        log.add(terms)
+        log.add(terms, loss)
         if run.writes(step):
             log.close_row(step, optimizer, trained)
             miou = validate(run, step, student, shown) if run.validates(step) else None
             log.write(step, miou)
+            checkpoint.judge(miou, to_beat)
             checkpoint.save_if_due(step)
     return student.eval()
 
@@ -120,7 +127,7 @@ def train_teacher(run, weights):
         terms["ce"].backward()
         optimizer.step()
 
-        log.add(terms)
+        log.add(terms, terms["ce"])
         if run.writes(step):
             log.close_row(step, optimizer, teacher)
             shown = {"teacher": teacher}
@@ -153,7 +160,7 @@ def fit_pool(run, teacher):
         terms["bce"].backward()
         optimizer.step()
 
-        log.add(terms)
+        log.add(terms, terms["bce"])
         if run.writes(step):
             log.close_row(step, optimizer, fitter)
             log.write(step)
@@ -189,6 +196,7 @@ class Stage:
     weights: dict  # of the terms
     method: str | None = None
     kl: str | None = None
+    teach: str | None = None  # until when the teacher's terms count: outgrown or end
     unlabelled: int = 0  # pictures without labels that the method uses
     teacher: dict | None = None  # the teacher's Stage, or name and digest of a given one
     pool: dict | None = None  # the pool's Stage, or the digest of CLIP's file
@@ -233,7 +241,6 @@ class Machine:
     workers: int = 0  # loader processes
     log_every: int = 20  # steps a row of log.csv
     val_every: int | None = None  # steps between validations, None: a quarter of all
-    val_images: int = 200  # images of those, the last one takes all
 
     @property
     def cuda(self):
@@ -351,7 +358,7 @@ def teacher_optimizer(teacher, stage):
 def validate(run, step, network, shown):
     """mIoU of `network` on val, in percent, and a picture of the networks in `shown`.
 
-    At the last step it runs over all of val, and the scores go into results-val.json.
+    At the last step the scores go into results-val.json.
     """
     stage, machine, last = run.stage, run.machine, step == run.stage.steps
     if machine.processes > 1:
@@ -361,8 +368,7 @@ def validate(run, step, network, shown):
     modes = {module: module.training for module in network.modules()}
     network.eval()
     matrix = evaluate(network, run.data, "val", stage.base, stage.crop, machine.device,
-                      images=None if last else machine.val_images, workers=machine.workers,
-                      desc=f"{stage.stage}: validation")
+                      workers=machine.workers, desc=f"{stage.stage}: validation")
     result = scores(matrix.cpu())
     if machine.rank == 0:
         if last:
@@ -406,9 +412,10 @@ class Log:
         lines = [",".join(self.fields), *(",".join(row.values()) for row in rows)]
         write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
-    def add(self, terms):
-        """Keep a step's unweighted terms, on their device."""
-        self.values.append(torch.stack([terms[name].detach().float() for name in self.names]))
+    def add(self, terms, loss):
+        """Keep a step's unweighted terms and the loss, on their device."""
+        values = [*(terms[name] for name in self.names), loss]
+        self.values.append(torch.stack([value.detach().float() for value in values]))
 
     def add_gradients(self, terms, ce, encoder):
         """Keep each term's gradient norm in the encoder and its cosine with cross-entropy's."""
@@ -420,14 +427,15 @@ class Log:
         This comes before a validation, whose time does not count, and whose score of a network
         that is not finite must not be kept.
         """
-        values = losses.all_sum(torch.stack(self.values)).double().cpu()  # steps, terms
+        values = losses.all_sum(torch.stack(self.values)).double().cpu()  # steps, terms and loss
         values /= self.run.machine.processes
         self.check_finite(step, values, module)
         seconds = (time.monotonic() - self.began) / len(values)
-        raw = dict(zip(self.names, values.mean(0).tolist()))
+        *terms, total = values.mean(0).tolist()
+        raw = dict(zip(self.names, terms))
         weighted = {n: self.run.stage.weights[n] * v for n, v in raw.items()}
         self.row = {"lr": f"{optimizer.param_groups[0]['lr']:.4g}",
-                    "seconds_per_step": f"{seconds:.3f}", "total": f"{sum(weighted.values()):.6g}"}
+                    "seconds_per_step": f"{seconds:.3f}", "total": f"{total:.6g}"}
         self.row |= {f"raw_{n}": f"{v:.6g}" for n, v in raw.items()}
         self.row |= {f"weighted_{n}": f"{v:.6g}" for n, v in weighted.items()}
         if self.gradients:
@@ -486,14 +494,16 @@ def gradient_norms_and_cosines(terms, ce, encoder):
 class Checkpoint:
     """last.pt of a stage. Where the folder holds one, the stage continues from it.
 
-    found: whether it does. step: how many steps are done. Raises InputError where the last.pt
-    belongs to another experiment.
+    found: whether it does. step: how many steps are done. outgrown: whether the student was better
+    than its teacher in a validation. Raises InputError where the last.pt belongs to another
+    experiment.
     """
     SAVE_SECONDS = 900  # between saves where validations are rarer
 
     def __init__(self, run, module, optimizer):
         self.run, self.module, self.optimizer = run, module, optimizer
         self.path, self.step, self.saved = run.folder / "last.pt", 0, time.monotonic()
+        self.outgrown = False
         run.folder.mkdir(parents=True, exist_ok=True)
         self.found = agreed(self.path.exists())
         if self.found:
@@ -505,14 +515,23 @@ class Checkpoint:
         remedy = "choose another --out"
         load_strictly(self.module, state["module"], self.path, "this stage", remedy)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step, self.outgrown = state["step"], state.get("outgrown", False)
+
+    def judge(self, miou, to_beat):
+        """Note, and print, where a validation shows that the student has outgrown its teacher."""
+        judged = not self.outgrown and miou is not None and to_beat is not None
+        if judged and agreed(miou > to_beat):
+            self.outgrown = True
+            if self.run.machine.rank == 0:
+                tqdm.write(f"student: better than its teacher, val mIoU {to_beat:.2f}; from here "
+                           "on it learns from the labels alone")
 
     def save(self, step):
         """Write last.pt. Raises KeyboardInterrupt where a signal asked for the end."""
         if self.run.machine.rank == 0:
             save_tensors(self.path, self.run.description | {
                 "step": step, "stage": self.run.identity, "module": self.module.state_dict(),
-                "optimizer": self.optimizer.state_dict()})
+                "optimizer": self.optimizer.state_dict(), "outgrown": self.outgrown})
         self.saved = time.monotonic()
         if any_process(Stop.asked):
             raise KeyboardInterrupt(f"{self.run.stage.stage}: stopped and saved at step {step}; "
@@ -613,9 +632,12 @@ def train(args, machine):
         needs = METHODS[method].needs
         run = plan.student(method, found if "teacher" in needs else None,
                            of_pool if "A_l" in needs else None)
+        to_beat = None
+        if run.stage.teach == "outgrown":
+            to_beat = agreed(entries.get("teacher") and entries["teacher"][1]["miou"])
         with at_work(run):
             student = distil(run, args.student_weights, teacher if "teacher" in needs else None,
-                             pool if "A_l" in needs else None)
+                             pool if "A_l" in needs else None, to_beat)
         add_entry(entries, "student alone" if method == "ce" else f"student {method}", student, run)
     if machine.rank == 0:
         if plan.methods and "student alone" not in entries:
@@ -676,6 +698,7 @@ class Plan:
             args.lr, seed=args.seed, method=method,
             weights=args.term_weights if asked else dict(METHODS[method].weights),
             kl=args.kl if METHODS[method].has_direction else None,
+            teach=args.teach if "teacher" in needs else None,
             unlabelled=len(self.data.pairs.get("unlabelled", ())) if "A_v" in needs else 0,
             teacher=teacher and teacher.identity, pool=pool, **self.common)
         name = f"{method}-{args.student}-seed{args.seed}"
@@ -683,7 +706,7 @@ class Plan:
         if asked and args.name:
             name, label = args.name, args.name.removesuffix(f"-seed{args.seed}")
         everything = plain(stage)
-        options = {k: everything.pop(k) for k in ("weights", "kl", "unlabelled", "pool")}
+        options = {k: everything.pop(k) for k in ("weights", "kl", "teach", "unlabelled", "pool")}
         apart = {k: everything.pop(k) for k in ("method", "seed", "teacher")}
         conditions = everything | {"teacher_identity": apart["teacher"]}
         return self.run(stage, self.root / name, label=label, method=method, seed=args.seed,
@@ -922,7 +945,7 @@ def report_pool(run, fitter, teacher):
     crops = TrainStream(val, stage.seed, stage.base, stage.crop, (1, 1), len(pairs))
     fitter.eval()
     found, truth = [], []
-    for i in range(min(run.machine.val_images, len(pairs))):
+    for i in range(min(200, len(pairs))):
         image, label = crops[i]
         with run.machine.precision():
             feature = teacher(normalise(image[None].to(run.machine.device))).feature
@@ -1069,6 +1092,9 @@ def parser():
     g.add_argument("--seed", **seed, help="of stage 3 (default 0)")
     g.add_argument("--kl", default="forward", choices=("forward", "reverse"),
                    help="direction in Eq. 3, 4 and 9 (default forward)")
+    g.add_argument("--teach", default="outgrown", choices=("outgrown", "end"),
+                   help="until when the teacher counts: until the student is better on val "
+                   "(default), or to the end as in the paper")
     g.add_argument("--weights", nargs="+", default=[], metavar="T=X",
                    help="of terms, as gb=0.1 lc=0.5, or summed | released")
     g = p.add_argument_group("batches")
@@ -1090,8 +1116,6 @@ def parser():
     g.add_argument("--log-every", default=20, **steps, help="steps a row of log.csv (default 20)")
     g.add_argument("--val-every", **steps,
                    help="steps between validations (default a quarter of all)")
-    g.add_argument("--val-images", default=200, **steps,
-                   help="images of those (default 200; the last one takes all)")
     return p
 
 
@@ -1112,6 +1136,9 @@ def refuse_useless(args):
     if args.kl == "reverse" and not (method and method.has_direction):
         raise InputError(f"--kl reverse: {args.method} has no direction to choose; it goes with "
                          "--method c2vkd")
+    if args.teach == "end" and not (method and "teacher" in method.needs):
+        raise InputError(f"--teach end: {args.method} has no teacher; it goes with --method "
+                         "c2vkd, for instance")
     if args.clip and method and "A_l" not in method.needs:
         raise InputError(f"--clip: {args.method} uses no attention pool; it goes with --method "
                          "c2vkd")
@@ -1188,8 +1215,7 @@ def start_machine(args):
     # where loader processes are not forked, each would otherwise import torch by itself
     multiprocessing.set_forkserver_preload(["torch"])
     Stop.listen()
-    return Machine(device, rank, processes, args.workers, args.log_every, args.val_every,
-                   args.val_images)
+    return Machine(device, rank, processes, args.workers, args.log_every, args.val_every)
 
 
 def main():

@@ -76,7 +76,7 @@ def options(folder, out, *more):
 
 def machine_of(args, rank=0, processes=1):
     return train.Machine(torch.device("cpu"), rank, processes, args.workers, args.log_every,
-                         args.val_every, args.val_images)
+                         args.val_every)
 
 
 def run(argv):

@@ -42,6 +42,14 @@ def draw_own_data(root):
     (root / "classes.txt").write_text("dark 0 0 0\nlight 255 255 255\n")
 
 
+def draw_export(root):
+    for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (root / folder).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (64, 48)).save(root / folder / f"frame{i:02d}.{ending}")
+    (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nroad:0,0,0::\ncar:9,9,9::\n")
+
+
 @pytest.fixture
 def as_a_user(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -50,6 +58,7 @@ def as_a_user(tmp_path, monkeypatch):
         monkeypatch.setitem(table, name, None)  # what the README adds is gone afterwards
         del table[name]
     draw_own_data(tmp_path / "path/to/data")
+    draw_export(tmp_path / "path/to/export")
     Image.new("RGB", (50, 40), "olive").save(tmp_path / "path/to/photo.jpg")
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield monkeypatch
@@ -98,6 +107,8 @@ def test_every_command_and_every_python_block_run_in_order(as_a_user, capsys):
     printed, names = [], {}
     for language, block in blocks():
         if language == "python":
+            if "path/to/export" in block:  # it fills the folder of the later commands
+                block = block.replace("path/to/data", "path/to/split")
             exec(compile(block, "README.md", "exec"), names)
         elif language == "bash":
             for line in block.strip().splitlines():
@@ -107,6 +118,11 @@ def test_every_command_and_every_python_block_run_in_order(as_a_user, capsys):
     text = "".join(printed)
     for said in ("gain over ce", "0 faulty", "student c2vkd", "torch.Size([1, 64, 80])"):
         assert said in text, said
+    split = Path("path/to/split")
+    counts = [len(list(split.glob(f"labels/{name}/*.png"))) for name in data.SHAPES_COUNT]
+    assert counts == [14, 3, 3]
+    run(as_a_user, "python data.py --convert path/to/new --dataset folder --data path/to/split")
+    assert len(list(Path("path/to/new/images/test").iterdir())) == 3
     assert len(list(Path("overlays").iterdir())) == len(list(Path("masks").iterdir())) == 1
 
     run(as_a_user, "python train.py --method hint")  # the loss that the README adds
