@@ -1,9 +1,12 @@
-"""Data sets and their label maps, the stream of training crops, and what every script shares.
+"""Data sets and their classes, the stream of training crops, and what every script shares.
 
     python data.py --check --dataset folder --data DIR          # read everything, list every fault
     python data.py --convert OUT --dataset folder --data DIR    # other labels to class indices
 
 Every label leaves this file as uint8 class indices with 255 = ignore, every image as uint8 RGB.
+The data sets and what networks see of them come first, then the reading of files, the labels and
+the two commands above. The last third is no longer about data: downloads, errors, options, files
+and weights, as all scripts use them.
 """
 import argparse
 import colorsys
@@ -36,45 +39,27 @@ from tqdm import tqdm
 
 DATASETS = ("shapes", "ade20k", "cityscapes", "voc", "folder")
 IGNORE = 255
-# the endings that Pillow reads without further packages
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm",
-            ".pgm")
-LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that can change the value of a pixel
-STRETCH = {"L;2": 85, "L;4": 17}  # Pillow multiplies grey values of 2 and of 4 bits
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
-# differs: paper not stated, release pads crops with black, here with the mean colour, which is zero
-# after normalising
+# differs: The paper does not state the padding. The release pads crops with black. Here it is the
+# mean colour, which becomes zero by normalising.
 MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
 
-# name: (URL, hash, digest, folder inside the archive)
-DOWNLOADS = {
-    "ade20k": ("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip", "sha1",
-               "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7", "ADEChallengeData2016"),
-    "voc": (DATASET_YEAR_DICT["2012"]["url"], "md5", DATASET_YEAR_DICT["2012"]["md5"],
-            "VOCdevkit"),
-}
-# labelIds value, name, colour; the row is the trainId
-CITYSCAPES = tuple((c.id, c.name, c.color) for c in Cityscapes.classes if not c.ignore_in_eval)
-VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-       "motorbike person pottedplant sheep sofa train tvmonitor").split()
-SHAPES = "ground disc square triangle ring cross rod star".split()
-SHAPES_COUNT = {"train": 1600, "val": 100, "test": 400}
-SHAPES_SIZE = 64
 
+# ---------------------------------------------------------------- data sets
 
 @dataclass
 class DataSet:
     """Where a data set's files are and what its label values mean.
 
+    palette: one RGB triple a class, 0..255.
     pairs: split -> [(image path, label path)], with None as the label of an image without one.
-    palette: one RGB triple a class.
-    lut: 256 entries, value on disk -> class index, 255 = ignore, -1 = a value that must not occur.
+    class_of_value: 256 entries, value on disk -> class index. 255 = ignore, -1 = must not occur.
     """
     name: str
     classes: list
     palette: list
     pairs: dict
-    lut: np.ndarray = field(repr=False)
+    class_of_value: np.ndarray = field(repr=False)
     root: Path = Path(".")
 
     def read(self, split, index):
@@ -96,92 +81,32 @@ class DataSet:
 
     def read_label(self, path):
         """Class indices (H,W) uint8. Raises InputError for a file that holds something else."""
-        raw = open_label(path)
-        if raw.mode not in ("L", "P", "1"):
-            fault = f"mode {raw.mode}, but a label has one index byte a pixel"
-        elif (other := self.other_class(raw)) is not None:
-            fault = f"its palette shows class {other}, {self.classes[other]}, at another index"
-        else:
-            values = np.array(raw, dtype=np.uint8)
-            label = self.lut[values]
-            if (label >= 0).all():
-                return label.astype(np.uint8)
-            wrong = Counter(values[label < 0].tolist())
-            listed = [f"{value} ({count} pixels)" for value, count in sorted(wrong.items())]
-            fault = f"label values outside the {len(self.classes)} classes: {_some(listed)}"
         remedy = "get it again"
         if self.name == "folder":
             remedy = "convert it to class indices with python data.py --convert"
-        raise InputError(f"{path}: {fault}; {remedy}")
+        raw = open_label(path)
+        if raw.mode not in ("L", "P", "1"):
+            raise InputError(f"{path}: mode {raw.mode}, but a label has one index byte a pixel; "
+                             f"{remedy}")
+        moved = moved_class(self, raw)
+        if moved is not None:
+            raise InputError(f"{path}: its palette shows class {moved}, {self.classes[moved]}, "
+                             f"at another index; {remedy}")
+        values = np.array(raw, dtype=np.uint8)
+        label = self.class_of_value[values]
+        if (label < 0).any():
+            wrong = Counter(values[label < 0].tolist())
+            listed = [f"{value} ({count} pixels)" for value, count in sorted(wrong.items())]
+            raise InputError(f"{path}: label values outside the {len(self.classes)} classes: "
+                             f"{first_three(listed)}; {remedy}")
+        return label.astype(np.uint8)
 
-    def other_class(self, raw):
-        """The class whose colour or grey a label's palette shows at another index, else None.
-
-        Programs may number colours as they like. Greys tell the classes' indices where there is
-        no other colour. A palette of none of these, VOC's for instance, may lie over indices.
-        """
-        if raw.mode != "P" or self.name != "folder":
-            return None
-        flat = raw.getpalette("RGB")
-        shown = {index: tuple(flat[3 * index:3 * index + 3])
-                 for _, index in raw.getcolors() if index != IGNORE}
-        known = {(k, k, k): k for k in range(len(self.classes))}
-        if any(len(set(colour)) > 1 for colour in shown.values()):
-            known = {}
-        known |= {colour: k for k, colour in enumerate(self.palette)}
-        return next((known[colour] for index, colour in shown.items()
-                     if known.get(colour, index) != index), None)
-
-
-def read_image(path):
-    """A picture (PIL, RGB), turned as its EXIF tag says. Raises InputError naming the file."""
-    image, _ = _open(path)
-    if image.mode[0] in "IF":  # Pillow would clip to 255
-        raise InputError(f"{path}: mode {image.mode}, more than 8 bits a channel; save it with 8")
-    with suppress(Exception):  # damaged EXIF data are no fault of the pixels
-        ImageOps.exif_transpose(image, in_place=True)
-    return image.convert("RGB")
-
-
-def open_label(path):
-    """A label as Pillow opens it, with the values of the file.
-
-    Raises InputError for formats that change values.
-    """
-    raw, packing = _open(path)
-    if raw.format in LOSSY or raw.info.get("compression") == "jpeg":
-        raise InputError(f"{path}: holds {raw.format} data, whose compression changes colours and "
-                         "indices; export the label again, as PNG")
-    if raw.mode in ("L", "1") and ";" in packing:
-        if packing not in STRETCH:
-            raise InputError(f"{path}: grey values packed as {packing}, which readers change; "
-                             "save it with 8 bits a pixel")
-        raw = raw.point(lambda value: value // STRETCH[packing])
-    return raw
-
-
-def _open(path):
-    """A picture as Pillow reads it, and how the file packs its pixels: "L;4" is 4 bits of grey."""
-    try:
-        image = Image.open(path)
-        packing = image.tile[0][3] if image.tile else ""  # gone after loading
-        image.load()
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS
-        raise InputError(f"{path}: more than {limit:,} pixels; cut it into tiles") from None
-    except (OSError, SyntaxError, ValueError) as e:
-        message = what_to_do(e) or f"{path}: truncated or not an image ({e}); get it again"
-        raise InputError(message) from None
-    return image, packing if isinstance(packing, str) else str((*packing, "")[0])
-
-
-# ---------------------------------------------------------------- the layouts of the data sets
 
 def open_dataset(name, root=None, missing_ok=False):
     """The DataSet `name` under `root` (default data/NAME), made or downloaded where possible.
 
-    name: shapes, ade20k, cityscapes, voc or folder. Raises InputError where files are missing.
-    missing_ok leaves single files to `read`.
+    name: one of DATASETS. Raises InputError where files are missing. With missing_ok, a single
+    missing file is left for `read` to name.
     """
     root = data_folder(name, root)
     if name == "shapes" and not root.is_dir():
@@ -196,12 +121,17 @@ def open_dataset(name, root=None, missing_ok=False):
         if not data.pairs[split]:
             raise InputError(f"{root}: no image of the {split} split found; "
                              f"README shows the layout of {name}")
+    if not missing_ok:
+        _refuse_missing(data)
+    return data
+
+
+def _refuse_missing(data):
     paths = [path for pairs in data.pairs.values() for pair in pairs for path in pair if path]
-    missing = [] if missing_ok else [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not path.is_file()]
     if missing:
         more = f" ({len(missing) - 1} more are missing)" if missing[1:] else ""
         raise InputError(f"{missing[0]}: no such file; restore it or remove its partner{more}")
-    return data
 
 
 def data_folder(name, root=None):
@@ -209,178 +139,15 @@ def data_folder(name, root=None):
     return Path(root or Path("data") / name)
 
 
-def pictures(folder):
-    """The pictures of a folder, sorted. What else lies there is named in a printed line.
-
-    Hidden files are passed over: macOS leaves ._NAME beside NAME on other disks.
-    """
-    entries = sorted(p for p in folder.glob("*") if not p.name.startswith("."))
-    found = [p for p in entries if p.suffix.lower() in SUFFIXES and not p.is_dir()]
-    if others := sorted(p.name for p in set(entries) - set(found)):
-        print(f"NOTE: {folder}: {len(others)} left out, no picture that can be read here: "
-              f"{_some(others)}")
-    return found
-
-
-def _stem(path):
-    """The name without its ending, in the one form of Unicode in which names are compared."""
-    return unicodedata.normalize("NFC", path.stem)
-
-
-def _by_stem(folder):
-    """The pictures of a folder by name. Raises InputError where two share one."""
-    found = {}
-    for path in pictures(folder):
-        other = found.setdefault(_stem(path), path)
-        if other is not path:
-            raise InputError(f"{folder}: two images are called {path.stem} but for the ending "
-                             f"({other.name}, {path.name}); rename one and its partner")
-    return found
-
-
-def _pair_up(images, labels):
-    """Every image of a folder with the label of its name."""
-    images, found = _by_stem(images), _by_stem(labels)
-    if alone := [label.name for stem, label in found.items() if stem not in images]:
-        print(f"NOTE: {labels}: {len(alone)} labels without a picture, not used: {_some(alone)}")
-    return [(path, found.get(stem, labels / f"{path.stem}.png")) for stem, path in images.items()]
-
-
-def _some(names):
-    return ", ".join(names[:3]) + (" ..." if names[3:] else "")
-
-
-def _lut(values, ignored=(IGNORE,)):
-    """Table in which values[k] -> k, `ignored` -> 255 and everything else -> -1 (not allowed)."""
-    lut = np.full(256, -1, np.int16)
-    lut[list(ignored)] = IGNORE
-    lut[list(values)] = np.arange(len(values))
-    return lut
-
-
-def voc_palette(n):
-    """The PASCAL VOC colour map: the index's bits, three at a time, fill R, G, B from the top."""
-    def channel(index, number):
-        return sum((index >> (3 * bit + number) & 1) << (7 - bit) for bit in range(3))
-    return [tuple(channel(index, number) for number in range(3)) for index in range(n)]
-
-
-def _folder(root):
-    classes, palette = _read_classes(root)
-    pairs = {split: _pair_up(root / "images" / split, root / "labels" / split)
-             for split in ("train", "val", "test")}
-    pairs["unlabelled"] = [(path, None) for path in pictures(root / "images" / "unlabelled")]
-    return classes, palette, pairs, _lut(range(len(classes)))
-
-
-def _read_classes(root):
-    """Names and colours of classes.txt or, where there is none, of CVAT's labelmap.txt."""
-    path = root / "classes.txt"
-    form, pattern = "name R G B", r"(.+?)\s+(\d+)\s+(\d+)\s+(\d+)"
-    labelmap = root / "labelmap.txt"
-    if path.is_file() and labelmap.is_file():
-        print(f"NOTE: {root}: the classes are those of classes.txt, labelmap.txt is not read")
-    elif labelmap.is_file():
-        path = labelmap
-        form, pattern = "name:R,G,B::", r"([^:]+):(\d+),(\d+),(\d+)(?::.*)?"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; write one line a class: name R G B")
-    classes, palette = [], []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not in UTF-8; save it as UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        found = re.fullmatch(pattern, line.strip())
-        if not line.strip() or not found and line.strip().startswith("# "):
-            continue  # CVAT's head line is a comment
-        colour = tuple(map(int, found.groups()[1:])) if found else (256,)
-        if max(colour) > 255:
-            raise InputError(f"{path}, line {number}: {line!r} is not '{form}' "
-                             "with three numbers 0..255")
-        if re.search(r"\s\d+$", found[1]):  # a column more would pass for a part of the name
-            raise InputError(f"{path}, line {number}: {line!r} has a number before its colour; "
-                             "leave three numbers a line, and write a name like lane 2 as lane-2")
-        if colour in palette:  # colour labels and pictures could not tell the two apart
-            raise InputError(f"{path}, line {number}: {found[1]} has the colour of "
-                             f"{classes[palette.index(colour)]}; give each class its own")
-        classes.append(" ".join(found[1].split()))
-        palette.append(colour)
-    if not 2 <= len(set(classes)) == len(classes) <= 255:
-        raise InputError(f"{path}: {len(classes)} classes, {len(set(classes))} names; "
-                         "2 to 255, all different, are possible")
-    return classes, palette
-
-
-def _write_classes(path, classes, palette):
-    lines = (f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(classes, palette))
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-def _ade20k(root):
-    folder = root / DOWNLOADS["ade20k"][3]
-    if not folder.is_dir():
-        download("ade20k", root)
-    info = folder / "objectInfo150.txt"
-    rows = info.read_text().splitlines()[1:]
-    names = [row.split("\t")[-1].split(",")[0].strip() for row in rows]
-    if len(names) != 150:
-        raise InputError(f"{info}: {len(names)} classes instead of 150; unpack the archive again")
-    pairs = {short: _pair_up(folder / "images" / split, folder / "annotations" / split)
-             for short, split in (("train", "training"), ("val", "validation"))}
-    # 0 is "other objects", not evaluated
-    return names, voc_palette(151)[1:], pairs, _lut(range(1, 151), ignored=[0])
-
-
-def _cityscapes(root):
-    if not (root / "gtFine").is_dir() or not (root / "leftImg8bit").is_dir():
-        raise InputError(
-            f"{root}: no leftImg8bit/ and gtFine/ in it; register at "
-            "https://www.cityscapes-dataset.com/downloads, get leftImg8bit_trainvaltest.zip and "
-            "gtFine_trainvaltest.zip, unpack both there")
-    pairs = {}
-    for split in ("train", "val"):  # the test split's labels are void: never scored
-        images = sorted((root / "leftImg8bit" / split).glob("*/[!.]*_leftImg8bit.png"))
-        pairs[split] = [(p, root / "gtFine" / split / p.parent.name
-                         / p.name.replace("_leftImg8bit", "_gtFine_labelIds")) for p in images]
-    values, names, palette = zip(*CITYSCAPES)
-    return list(names), list(palette), pairs, _lut(values, ignored=range(34))
-
-
-def _voc(root):
-    folder = root / DATASET_YEAR_DICT["2012"]["base_dir"]
-    if not folder.is_dir():
-        download("voc", root)
-    lists = folder / "ImageSets" / "Segmentation"
-    train, labels = lists / "train.txt", "SegmentationClass"
-    if (lists / "trainaug.txt").is_file() and (folder / "SegmentationClassAug").is_dir():
-        train, labels = lists / "trainaug.txt", "SegmentationClassAug"
-    pairs = {"train": _voc_pairs(folder, train, labels),
-             "val": _voc_pairs(folder, lists / "val.txt", "SegmentationClass")}
-    return VOC, voc_palette(21), pairs, _lut(range(21))
-
-
-def _voc_pairs(folder, source, labels):
-    words = source.read_text().split() if source.is_file() else []
-    # some lists in circulation name both files of a pair
-    ids = dict.fromkeys(Path(word).stem for word in words)
-    return [(folder / "JPEGImages" / f"{i}.jpg", folder / labels / f"{i}.png") for i in ids]
-
-
 # ---------------------------------------------------------------- what networks see
 
-@lru_cache(maxsize=4)
-def _order(seed, epoch, n):
-    """The images of one epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
 class TrainStream(torch.utils.data.Dataset):
-    """The endless stream of training crops; item `position` is a function of (seed, position).
+    """The endless stream of training crops. Item `position` depends on (seed, position) alone.
 
     The stream runs through epochs, each a permutation of all images. An image is resized so that
-    its short side is base * u, with u uniform in `scale`. It is cropped at random to crop x crop,
-    padded on the right and at the bottom where it is smaller, and flipped with probability 1/2.
+    its short side is base * u pixels, with u uniform in `scale`. It is cropped at random to
+    crop x crop, padded on the right and at the bottom where it is smaller, and flipped with
+    probability 1/2.
     With `unlabelled`, images without labels take part. The labelled ones are then repeated, all
     equally often, until they are at least as many.
     Returns image (3,crop,crop) uint8, label (crop,crop) uint8.
@@ -389,9 +156,9 @@ class TrainStream(torch.utils.data.Dataset):
     def __init__(self, data, seed, base, crop, scale, length, unlabelled=False):
         self.data, self.seed, self.length = data, seed, length
         self.base, self.crop, self.scale = base, crop, scale
-        train = len(data.pairs["train"])
+        images = len(data.pairs["train"])
         self.unlabelled = len(data.pairs.get("unlabelled", ())) if unlabelled else 0
-        self.labelled = train * max(1, -(-self.unlabelled // train))
+        self.labelled = images * max(1, math.ceil(self.unlabelled / images))
 
     def __len__(self):
         return self.length
@@ -407,14 +174,16 @@ class TrainStream(torch.utils.data.Dataset):
     def __getitem__(self, position):
         image, label = self.data.read(*self.source(position))
         rng = np.random.default_rng([self.seed, position, 1])
-        # differs: paper not stated, release draws the LONG side from 0.5-2.0 x 520, so that its
-        # Cityscapes crops are mostly padding. Here the short side is drawn, around the size that
-        # evaluation uses.
-        s = self.base * rng.uniform(*self.scale) / min(image.size)
-        size = [max(1, round(s * side)) for side in image.size]
-        w, h = (min(self.crop, side) for side in size)
-        x, y = (rng.integers(0, side - cut + 1) for side, cut in zip(size, (w, h)))
-        sx, sy = image.width / size[0], image.height / size[1]
+        # differs: The paper does not state the scale. The release draws the LONG side from
+        # 0.5-2.0 x 520, so that its Cityscapes crops are mostly padding. Here the short side is
+        # drawn, around the size that evaluation uses.
+        scale = self.base * rng.uniform(*self.scale) / min(image.size)
+        width, height = (max(1, round(scale * side)) for side in image.size)
+        w, h = min(self.crop, width), min(self.crop, height)
+        x = rng.integers(0, width - w + 1)
+        y = rng.integers(0, height - h + 1)
+        # The crop's place in the image at its size on disk: only what is kept gets resized.
+        sx, sy = image.width / width, image.height / height
         box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
 
         out = np.empty((self.crop, self.crop, 3), np.uint8)
@@ -425,6 +194,12 @@ class TrainStream(torch.utils.data.Dataset):
         if rng.random() < 0.5:
             out, target = out[:, ::-1], target[:, ::-1]
         return torch.from_numpy(out.transpose(2, 0, 1).copy()), torch.from_numpy(target.copy())
+
+
+@lru_cache(maxsize=4)
+def _order(seed, epoch, n):
+    """The images of one epoch, as indices."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 class EvalImages(torch.utils.data.Dataset):
@@ -449,19 +224,6 @@ class EvalImages(torch.utils.data.Dataset):
         return item
 
 
-def resize_short_side(image, base):
-    """PIL image with its short side at `base` pixels, as networks see it in evaluation."""
-    s = base / min(image.size)
-    size = [max(1, round(s * side)) for side in image.size]
-    return image.resize(size, Image.Resampling.BILINEAR)
-
-
-def spread(total, count):
-    """`count` indices, all if there are fewer, spread evenly: neighbours show the same scene."""
-    count = min(count or total, total)
-    return [i * total // count for i in range(count)]
-
-
 def normalise(images):
     """uint8 RGB (B,3,H,W) -> float32, ImageNet mean 0 and deviation 1, on the images' device."""
     # plain numbers: a tensor made here would make the host wait for the GPU in every step
@@ -469,7 +231,157 @@ def normalise(images):
     return torch.stack([(x.float() / 255 - mean) / std for x, mean, std in channels], 1)
 
 
+def resize_short_side(image, base):
+    """PIL image with its short side at `base` pixels, as networks see it in evaluation."""
+    scale = base / min(image.size)
+    size = [max(1, round(scale * side)) for side in image.size]
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def spread(total, count):
+    """`count` of the indices below `total`, or all if there are fewer.
+
+    They are spread evenly, because neighbours often show the same scene.
+    """
+    count = min(count or total, total)
+    return [i * total // count for i in range(count)]
+
+
+# ---------------------------------------------------------------- the layouts on disk
+# Each function below takes the root and returns the classes, palette, pairs and class_of_value of
+# a DataSet.
+
+# labelIds value, name, colour; the row is the trainId
+CITYSCAPES = tuple((c.id, c.name, c.color) for c in Cityscapes.classes if not c.ignore_in_eval)
+VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+       "motorbike person pottedplant sheep sofa train tvmonitor").split()
+
+
+def _ade20k(root):
+    folder = root / DOWNLOADS["ade20k"].folder
+    if not folder.is_dir():
+        download("ade20k", root)
+    info = folder / "objectInfo150.txt"
+    rows = info.read_text().splitlines()[1:]
+    names = [row.split("\t")[-1].split(",")[0].strip() for row in rows]
+    if len(names) != 150:
+        raise InputError(f"{info}: {len(names)} classes instead of 150; unpack the archive again")
+    pairs = {short: _pair_up(folder / "images" / split, folder / "annotations" / split)
+             for short, split in (("train", "training"), ("val", "validation"))}
+    # 0 is "other objects", which are not evaluated
+    return names, voc_palette(151)[1:], pairs, value_table(range(1, 151), ignored=[0])
+
+
+def _cityscapes(root):
+    if not (root / "gtFine").is_dir() or not (root / "leftImg8bit").is_dir():
+        raise InputError(
+            f"{root}: no leftImg8bit/ and gtFine/ in it; register at "
+            "https://www.cityscapes-dataset.com/downloads, get leftImg8bit_trainvaltest.zip and "
+            "gtFine_trainvaltest.zip, unpack both there")
+    pairs = {}
+    for split in ("train", "val"):  # the test split's labels are void: never scored
+        images = sorted((root / "leftImg8bit" / split).glob("*/[!.]*_leftImg8bit.png"))
+        pairs[split] = [(p, root / "gtFine" / split / p.parent.name
+                         / p.name.replace("_leftImg8bit", "_gtFine_labelIds")) for p in images]
+    values, names, palette = zip(*CITYSCAPES)
+    return list(names), list(palette), pairs, value_table(values, ignored=range(34))
+
+
+def _voc(root):
+    folder = root / DATASET_YEAR_DICT["2012"]["base_dir"]
+    if not folder.is_dir():
+        download("voc", root)
+    lists = folder / "ImageSets" / "Segmentation"
+    train, labels = lists / "train.txt", "SegmentationClass"
+    if (lists / "trainaug.txt").is_file() and (folder / "SegmentationClassAug").is_dir():
+        train, labels = lists / "trainaug.txt", "SegmentationClassAug"
+    pairs = {"train": _voc_pairs(folder, train, labels),
+             "val": _voc_pairs(folder, lists / "val.txt", "SegmentationClass")}
+    return VOC, voc_palette(21), pairs, value_table(range(21))
+
+
+def _voc_pairs(folder, source, labels):
+    words = source.read_text().split() if source.is_file() else []
+    # some lists in circulation name both files of a pair
+    ids = dict.fromkeys(Path(word).stem for word in words)
+    return [(folder / "JPEGImages" / f"{i}.jpg", folder / labels / f"{i}.png") for i in ids]
+
+
+def _folder(root):
+    classes, palette = _read_classes(root)
+    pairs = {split: _pair_up(root / "images" / split, root / "labels" / split)
+             for split in ("train", "val", "test")}
+    pairs["unlabelled"] = [(path, None) for path in pictures(root / "images" / "unlabelled")]
+    return classes, palette, pairs, value_table(range(len(classes)))
+
+
+def value_table(values, ignored=(IGNORE,)):
+    """For `class_of_value`: values[k] -> k, `ignored` -> 255, everything else -> -1."""
+    table = np.full(256, -1, np.int16)
+    table[list(ignored)] = IGNORE
+    table[list(values)] = np.arange(len(values))
+    return table
+
+
+def voc_palette(n):
+    """The PASCAL VOC colour map: the index's bits, three at a time, fill R, G, B from the top."""
+    def channel(index, number):
+        return sum((index >> (3 * bit + number) & 1) << (7 - bit) for bit in range(3))
+    return [tuple(channel(index, number) for number in range(3)) for index in range(n)]
+
+
+# ---------------------------------------------------------------- classes.txt
+
+def _read_classes(root):
+    """Names and colours of classes.txt or, where there is none, of CVAT's labelmap.txt."""
+    path, labelmap = root / "classes.txt", root / "labelmap.txt"
+    form, pattern = "name R G B", r"(.+?)\s+(\d+)\s+(\d+)\s+(\d+)"
+    if path.is_file() and labelmap.is_file():
+        print(f"NOTE: {root}: the classes are those of classes.txt, labelmap.txt is not read")
+    elif labelmap.is_file():
+        path = labelmap
+        form, pattern = "name:R,G,B::", r"([^:]+):(\d+),(\d+),(\d+)(?::.*)?"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; write one line a class: name R G B")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not in UTF-8; save it as UTF-8") from None
+
+    classes, palette = [], []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        found = re.fullmatch(pattern, line)
+        if not line or line.startswith("# ") and not found:  # CVAT's first line is a comment
+            continue
+        where = f"{path}, line {number}"
+        colour = tuple(map(int, found.groups()[1:])) if found else ()
+        if not colour or max(colour) > 255:
+            raise InputError(f"{where}: {line!r} is not '{form}' with three numbers 0..255")
+        if re.search(r"\s\d+$", found[1]):  # a column more would pass for a part of the name
+            raise InputError(f"{where}: {line!r} has a number before its colour; leave three "
+                             "numbers a line, and write a name like lane 2 as lane-2")
+        if colour in palette:  # colour labels and pictures could not tell the two apart
+            raise InputError(f"{where}: {found[1]} has the colour of "
+                             f"{classes[palette.index(colour)]}; give each class its own")
+        classes.append(" ".join(found[1].split()))
+        palette.append(colour)
+    if not 2 <= len(set(classes)) == len(classes) <= 255:
+        raise InputError(f"{path}: {len(classes)} classes, {len(set(classes))} names; "
+                         "2 to 255, all different, are possible")
+    return classes, palette
+
+
+def _write_classes(path, classes, palette):
+    lines = (f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(classes, palette))
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 # ---------------------------------------------------------------- shapes, the embedded data set
+
+SHAPES = "ground disc square triangle ring cross rod star".split()
+SHAPES_COUNT = {"train": 1600, "val": 100, "test": 400}
+SHAPES_SIZE = 64
+
 
 def make_shapes(root, seed=0):
     """Draw `shapes`, in the layout of `folder`; picture i depends on (seed, split, i) alone."""
@@ -551,65 +463,198 @@ def _outline(kind, rng, size):
     return mask
 
 
+# ---------------------------------------------------------------- finding pictures and labels
+
+# the endings that Pillow reads without further packages
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm",
+            ".pgm")
+
+
+def pictures(folder):
+    """The pictures of a folder, sorted. What else lies there is named in a printed line.
+
+    Hidden files are passed over, because macOS leaves ._NAME beside NAME on other disks.
+    """
+    entries = sorted(p for p in folder.glob("*") if not p.name.startswith("."))
+    found = [p for p in entries if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+    if others := sorted(p.name for p in set(entries) - set(found)):
+        print(f"NOTE: {folder}: {len(others)} left out, no picture that can be read here: "
+              f"{first_three(others)}")
+    return found
+
+
+def _pair_up(images, labels):
+    """Every image of a folder with the label of its name, which may be missing."""
+    images, found = _by_name(images), _by_name(labels)
+    if alone := [path.name for name, path in found.items() if name not in images]:
+        print(f"NOTE: {labels}: {len(alone)} labels without a picture, not used: "
+              f"{first_three(alone)}")
+    return [(path, found.get(name, labels / f"{path.stem}.png")) for name, path in images.items()]
+
+
+def _by_name(folder):
+    """The pictures of a folder by name. Raises InputError where two share one."""
+    found = {}
+    for path in pictures(folder):
+        other = found.setdefault(_name(path), path)
+        if other is not path:
+            raise InputError(f"{folder}: two images are called {path.stem} but for the ending "
+                             f"({other.name}, {path.name}); rename one and its partner")
+    return found
+
+
+def _name(path):
+    """The name without its ending, in the one form of Unicode in which names are compared."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
+def first_three(words):
+    """For messages."""
+    return ", ".join(words[:3]) + (" ..." if words[3:] else "")
+
+
+# ---------------------------------------------------------------- reading pictures and labels
+
+# formats whose compression can change the value of a pixel
+LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+# Pillow spreads grey values of 2 and 4 bits over 0..255, by these factors
+STRETCH = {"L;2": 85, "L;4": 17}
+
+
+def read_image(path):
+    """A picture (PIL, RGB), turned as its EXIF tag says. Raises InputError naming the file."""
+    image, _ = _open(path)
+    if image.mode[0] in "IF":  # Pillow would clip to 255
+        raise InputError(f"{path}: mode {image.mode}, more than 8 bits a channel; save it with 8")
+    with suppress(Exception):  # damaged EXIF data are no fault of the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    return image.convert("RGB")
+
+
+def open_label(path):
+    """A label as Pillow opens it, in any mode, with the values of the file.
+
+    Raises InputError for formats that change values.
+    """
+    raw, packing = _open(path)
+    if raw.format in LOSSY or raw.info.get("compression") == "jpeg":
+        raise InputError(f"{path}: holds {raw.format} data, whose compression changes colours and "
+                         "indices; export the label again, as PNG")
+    if raw.mode in ("L", "1") and ";" in packing:
+        if packing not in STRETCH:
+            raise InputError(f"{path}: grey values packed as {packing}, which readers change; "
+                             "save it with 8 bits a pixel")
+        raw = raw.point(lambda value: value // STRETCH[packing])
+    return raw
+
+
+def _open(path):
+    """A picture as Pillow reads it, and how the file packs its pixels: "L;4" is 4 bits of grey."""
+    try:
+        image = Image.open(path)
+        packing = image.tile[0][3] if image.tile else ""  # gone after loading
+        image.load()
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        raise InputError(f"{path}: more than {limit:,} pixels; cut it into tiles") from None
+    except (OSError, SyntaxError, ValueError) as e:
+        message = what_to_do(e) or f"{path}: truncated or not an image ({e}); get it again"
+        raise InputError(message) from None
+    return image, packing if isinstance(packing, str) else str((*packing, "")[0])
+
+
+def moved_class(data, raw):
+    """The first class whose colour a label's palette shows at another index than its own, or None.
+
+    Some programs number the colours of a palette as they like, so that its indices are not the
+    classes'. In a palette of greys alone, (2, 2, 2) stands for class 2. Where a palette shows
+    neither, as VOC's laid over other classes, the indices count.
+    """
+    if raw.mode != "P" or data.name != "folder":
+        return None
+    flat = raw.getpalette("RGB")
+    shown = {index: tuple(flat[3 * index:3 * index + 3])
+             for _, index in raw.getcolors() if index != IGNORE}
+    class_of = {}
+    if all(map(is_grey, shown.values())):
+        class_of = {(k, k, k): k for k in range(len(data.classes))}
+    class_of |= {colour: k for k, colour in enumerate(data.palette)}
+    for index, colour in shown.items():
+        if class_of.get(colour, index) != index:
+            return class_of[colour]
+    return None
+
+
+def is_grey(colour):
+    """Whether red, green and blue are equal."""
+    return len(set(colour)) == 1
+
+
 # ---------------------------------------------------------------- what the labels hold
 
 @dataclass
 class LabelScan:
     """What all labels hold.
 
-    labels: split -> one Counter a label, class index -> pixels, with the ignored ones at 255.
+    pixels: split -> Counter, class index -> pixels in all its labels, with the ignored ones at 255.
+    binary: split -> number of its labels that hold the values 0 and 255 and no other.
     digest: sha256 of the names and bytes of train's and val's labels, wherever they lie.
     """
-    labels: dict
+    pixels: dict
+    binary: dict
     digest: str
-
-    def total(self, split):
-        """Pixels of each class index in all labels of a split, as a Counter."""
-        total = Counter()
-        for label in self.labels[split]:
-            total.update(label)
-        return total
 
 
 def scan_labels(data, cache=None):
     """Read every label of every split once, with a bar -> LabelScan.
 
-    cache: a json file that keeps what was read. A label is read again where its path, size or times
-    of change are not in it, or the classes are others. Raises InputError for the first label that
-    cannot be used.
+    cache: a json file that keeps the result until a label's path, size or time of change is
+    another, or the classes are. Raises InputError for the first label that cannot be used.
     """
-    meaning = repr((data.name, data.classes, data.palette, data.lut.tolist()))
-    meaning = hashlib.sha256(meaning.encode()).hexdigest()
+    places = [(split, label) for split, pairs in data.pairs.items() for _, label in pairs if label]
+    state = _state_of_labels(data, places)
     known = {}
     if cache:
         with suppress(OSError, ValueError):
             known = json.loads(Path(cache).read_text())
+    if known.get("state") != state:
+        known = {"state": state, **_count_labels(data, places)}
+        if cache:
+            Path(cache).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, json.dumps(known).encode(), shared=True)
+    pixels = {split: Counter({int(value): count for value, count in counts.items()})
+              for split, counts in known["pixels"].items()}
+    return LabelScan(pixels, known["binary"], known["digest"])
 
-    def look(path):
+
+def _state_of_labels(data, places):
+    """sha256 of what tells, without reading them, that labels and their meaning are as before."""
+    meaning = data.name, data.classes, data.palette, data.class_of_value.tolist()
+    state = hashlib.sha256(repr(meaning).encode())
+    for split, path in places:
         status = path.stat()
         # copying tools set the time of modification back, but not that of the last change
         times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
-        key = f"{path.absolute()} {status.st_size} {times} {meaning}"
-        if key in known:
-            return key, known[key]
+        state.update(f"{split} {path.absolute()} {status.st_size} {times}\n".encode())
+    return state.hexdigest()
+
+
+def _count_labels(data, places):
+    """The fields of a LabelScan, of plain values."""
+    def look(place):
+        _, path = place
         counts = np.bincount(data.read_label(path).ravel(), minlength=256)
-        pixels = {str(value): int(counts[value]) for value in counts.nonzero()[0]}
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return key, {"sha256": digest, "pixels": pixels}
+        held = {int(value): int(counts[value]) for value in counts.nonzero()[0]}
+        return held, hashlib.sha256(path.read_bytes()).hexdigest()
 
-    places = [(split, label) for split, pairs in data.pairs.items() for _, label in pairs if label]
-    found = in_threads(look, [label for _, label in places], desc="reading labels", unit="labels")
-    if cache and (entries := dict(found)) != known:
-        Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, json.dumps(entries).encode(), shared=True)
-
-    labels, digest = {}, hashlib.sha256()
-    for (split, path), (_, entry) in zip(places, found):
-        held = Counter({int(value): count for value, count in entry["pixels"].items()})
-        labels.setdefault(split, []).append(held)
+    found = in_threads(look, places, desc="reading labels", unit="labels")
+    pixels, binary, digest = {}, Counter(), hashlib.sha256()
+    for (split, path), (held, of_file) in zip(places, found):
+        pixels.setdefault(split, Counter()).update(held)
+        binary[split] += held.keys() == {0, IGNORE}
         if split != "test":  # new labels to test on change nothing that was trained
-            digest.update(f"{split}/{_stem(path)} {entry['sha256']}\n".encode())
-    return LabelScan(labels, digest.hexdigest())
+            digest.update(f"{split}/{_name(path)} {of_file}\n".encode())
+    return {"pixels": pixels, "binary": binary, "digest": digest.hexdigest()}
 
 
 def judge_labels(data, scan):
@@ -620,11 +665,10 @@ def judge_labels(data, scan):
     lines = []
     about_255 = ("255 means ignored. To make it a class: python data.py --convert OUT --dataset "
                  f'folder --data {data.root} --map "255={data.classes[1]}"')
-    for split, labels in scan.labels.items():
-        total = scan.total(split)
-        present = [name for k, name in enumerate(data.classes) if total[k]]
+    for split, pixels in scan.pixels.items():
+        present = [name for k, name in enumerate(data.classes) if pixels[k]]
         absent = [name for name in data.classes if name not in present]
-        binary = sum(label.keys() == {0, IGNORE} for label in labels)
+        binary = scan.binary[split]
         if not present and split != "test":
             raise InputError(f"{data.root}: no label of {split} has a labelled pixel: all are 255, "
                              "which means ignored; export the labels as class indices")
@@ -636,10 +680,12 @@ def judge_labels(data, scan):
             effect = "they cannot be learned" if split == "train" else "they are not scored"
             lines.append(f"NOTE: classes without a pixel in {split}, {effect}: {', '.join(absent)}")
         if binary and data.name == "folder":
-            lines.append(f"NOTE: {binary} of the {len(labels)} labels of {split} hold only the "
-                         f"values 0 and 255. {about_255}")
+            lines.append(f"NOTE: {binary} of the {len(data.pairs[split])} labels of {split} hold "
+                         f"only the values 0 and 255. {about_255}")
     return lines
 
+
+# ---------------------------------------------------------------- data.py --check
 
 def check(name, root):
     """Read every file of a data set, print each fault as one line, and what the labels hold.
@@ -657,140 +703,148 @@ def check(name, root):
     places = [(split, index) for split, pairs in data.pairs.items() for index in range(len(pairs))]
     found = in_threads(fault, places, desc="checking", unit="images")
     faults = [line for line in found if line]
-    print(*faults, sep="\n", end="\n" if faults else "")
+    for line in faults:
+        print(line)
     counts = ", ".join(f"{split}: {len(pairs)} images" for split, pairs in data.pairs.items())
     print(f"{counts}, {len(data.classes)} classes, {len(faults)} faulty")
     if faults:
         raise InputError(f"{len(faults)} faulty files are listed above; mend or remove them")
     scan = scan_labels(data)
-    for split in scan.labels:
-        total = scan.total(split)
-        print(f"{split}: {total[IGNORE] / total.total():.1%} of the labels' pixels are ignored")
-    print("\n".join(judge_labels(data, scan) or ["every class has a pixel in every split"]))
+    for split, pixels in scan.pixels.items():
+        share = pixels[IGNORE] / pixels.total()
+        print(f"{split}: {share:.1%} of the labels' pixels are ignored")
+    for line in judge_labels(data, scan) or ["every class has a pixel in every split"]:
+        print(line)
 
 
 # ---------------------------------------------------------------- data.py --convert
+# A code is what a pixel of a label holds: a value (int) or a colour (red, green, blue).
 
 def convert(data, out, mapping):
     """Write a `folder` data set with index labels into the new folder `out`, all of it or nothing.
 
-    mapping: as in `class_table`. Pictures are copied. Raises InputError for colours and values
-    without a class, and for labels that training could not use.
+    mapping: code -> class index, as the user gave it. Pictures are copied. Raises InputError for
+    codes without a class, and for labels that training could not use.
     """
     out = Path(out)
     if out.exists():
         raise InputError(f"{out}: exists already; give --convert the name of a new folder")
-    pairs = [(split, *pair) for split, some in data.pairs.items() for pair in some]
-    labels = [label for _, _, label in pairs if label]
+    triples = [(split, *pair) for split, pairs in data.pairs.items() for pair in pairs]
+    labels = [label for _, _, label in triples if label]
 
-    def count(path):
-        found, places = label_codes(data, path)
-        return dict(zip(found, np.bincount(places.ravel()).tolist()))
+    def count(label):
+        codes, places = label_codes(data, label)
+        return dict(zip(codes, np.bincount(places.ravel()).tolist()))
 
     seen = Counter()
-    for held in in_threads(count, labels, desc="reading labels", unit="labels"):
-        seen.update(held)
-    table = class_table(data, seen, mapping)
+    for counts in in_threads(count, labels, desc="reading labels", unit="labels"):
+        seen.update(counts)
+    class_of = class_of_code(data, seen, mapping)
 
-    def write(pair):
-        split, image, label = pair
+    def write(triple):
+        split, image, label = triple
         copy = part / "images" / split / image.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(image, copy)
         if label:
-            found, places = label_codes(data, label)
-            indices = np.array([table[what] for what in found], np.uint8)[places]
+            codes, places = label_codes(data, label)
+            indices = np.array([class_of[code] for code in codes], np.uint8)[places]
             target = part / "labels" / split / f"{image.stem}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(indices).save(target)
 
     with scratch(out) as part:
-        in_threads(write, pairs, desc=f"writing {out}", unit="pictures")
+        in_threads(write, triples, desc=f"writing {out}", unit="pictures")
         _write_classes(part / "classes.txt", data.classes, data.palette)
         # what was written must be what training can use
-        written = open_dataset("folder", part)
-        scan = scan_labels(written)
-        written.root = data.root
-        lines = judge_labels(written, scan)
+        lines = judge_labels(data, scan_labels(open_dataset("folder", part)))
         os.rename(part, out)
-    print(*lines, f"{out}: {len(labels)} labels as class indices, {len(pairs)} pictures copied, "
-          "classes.txt; use it as --dataset folder --data", sep="\n")
+    for line in lines:
+        print(line)
+    print(f"{out}: {len(labels)} labels as class indices, {len(triples)} pictures copied, "
+          "classes.txt; use it as --dataset folder --data")
 
 
 def label_codes(data, path):
-    """The values (int) or colours (red, green, blue) of a label, and which one each pixel has.
+    """The codes of a label, and which of them each pixel has: a list and places in it (H,W).
 
-    Returns a list and an array (H,W) of places in it. A palette is read by its colours only where
-    its indices are not class indices. Raises InputError for what cannot be told without loss.
+    A palette is read by its colours only where its indices are not class indices. Raises
+    InputError for what cannot be told without loss.
     """
     image = open_label(path)
     grey = image.mode in ("L", "1") or image.mode[0] == "I"
-    if grey or image.mode == "P" and data.other_class(image) is None:
-        codes = np.array(image).astype(np.int64)
-        found, places = np.unique(codes, return_inverse=True)
-        return found.tolist(), places.reshape(codes.shape)
+    if grey or image.mode == "P" and moved_class(data, image) is None:
+        values = np.array(image).astype(np.int64)
+        found, places = np.unique(values, return_inverse=True)
+        return found.tolist(), places.reshape(values.shape)
     if image.mode not in ("RGB", "RGBA", "LA", "P"):
         raise InputError(f"{path}: mode {image.mode}, neither colours nor whole numbers; "
                          "export the label again, as PNG")
     if "A" in image.mode and image.getchannel("A").getextrema()[0] < 255:
         raise InputError(f"{path}: has transparent pixels, which are of no class; "
                          "export it without transparency")
-    codes = np.array(image.convert("RGB")).astype(np.int64) @ (65536, 256, 1)
-    found, places = np.unique(codes, return_inverse=True)
-    colours = [(code >> 16, code >> 8 & 255, code & 255) for code in found.tolist()]
-    return colours, places.reshape(codes.shape)
+    packed = np.array(image.convert("RGB")).astype(np.int64) @ (65536, 256, 1)
+    found, places = np.unique(packed, return_inverse=True)
+    colours = [(number >> 16, number >> 8 & 255, number & 255) for number in found.tolist()]
+    return colours, places.reshape(packed.shape)
 
 
-def class_table(data, seen, mapping):
-    """The class index of every value (int) and colour (red, green, blue) in labels.
+def class_of_code(data, seen, mapping):
+    """A dict, code -> class index, of every code in labels.
 
-    seen: Counter, value or colour -> pixels. mapping: value or colour -> class index, where it is
-    neither the value itself nor the class of that colour. Three equal channels are a value where
-    no label has another colour and `mapping` has values, or not all are the classes' colours.
-    Raises InputError for what has no class or could have two, and for a key that no label has.
+    seen: Counter, code -> pixels. mapping: code -> class index, where it is neither the value
+    itself nor the class of that colour in classes.txt. Raises InputError for what has no class or
+    could have two, and for a code in `mapping` that no label has.
     """
-    known = {colour: k for k, colour in enumerate(data.palette)}
-    colours = {what for what in seen if isinstance(what, tuple)}
-    greys = {colour for colour in colours if len(set(colour)) == 1}
-    all_grey = greys == colours and not any(isinstance(what, tuple) for what in mapping)
-    by_value = all_grey and bool(mapping or greys - known.keys())
+    value_of = values_of_greys(data, seen, mapping)
+    counts = Counter()
+    for code, pixels in seen.items():
+        counts[value_of.get(code, code)] += pixels
 
-    table = {value: int(k) for value, k in enumerate(data.lut) if k >= 0} | known | mapping
-    if by_value:
-        table |= {(v, v, v): k for v, k in table.items() if isinstance(v, int)}
-    unknown = Counter({what: count for what, count in seen.items() if what not in table})
+    class_of = {value: int(k) for value, k in enumerate(data.class_of_value) if k >= 0}
+    class_of |= {colour: k for k, colour in enumerate(data.palette)}
+    class_of |= mapping
+    unknown = Counter({code: pixels for code, pixels in counts.items() if code not in class_of})
     if unknown:
         print("without a class, and their share of the pixels:")
-        for what, count in unknown.most_common(12):
-            print(f"  {what}  {count / seen.total():.1%}")
+        for code, pixels in unknown.most_common(12):
+            print(f"  {code}  {pixels / counts.total():.1%}")
         raise InputError(
             f"{data.root}: {len(unknown)} values or colours without a class, the commonest are "
             "listed above; nothing was written; correct classes.txt, or name the classes of values "
             "with --map VALUE=CLASS, colours to be ignored with --ignore-colour R,G,B")
-
-    unused = [what for what in mapping
-              if what not in seen and not (by_value and (what, what, what) in seen)]
-    if unused:
-        named, held = (_some(list(map(str, found))) for found in (unused, sorted(seen, key=str)))
-        raise InputError(f"{data.root}: no label holds {named}, they were read as {held}; nothing "
-                         "was written; name such values with --map, such colours with "
-                         "--ignore-colour")
-
-    doubtful = sorted(greys) if all_grey and not by_value else ()
-    for value, _, _ in doubtful:
-        k = known[value, value, value]
-        if value < len(data.classes) and k != value:
-            raise InputError(
-                f"{data.root}: the grey {value} is the colour of {data.classes[k]} and the index "
-                f"of {data.classes[value]}; say which with --map {value}=CLASS")
-    values = seen.keys() - colours
-    if by_value:
-        values |= {value for value, _, _ in greys}
+    if unused := [str(code) for code in mapping if code not in counts]:
+        held = sorted(map(str, counts))
+        raise InputError(f"{data.root}: no label holds {first_three(unused)}, they were read as "
+                         f"{first_three(held)}; nothing was written; name such values with --map, "
+                         "such colours with --ignore-colour")
     for value, k in mapping.items():
-        if others := [v for v in values - mapping.keys() if table[v] == k != IGNORE]:
+        others = [code for code in counts if isinstance(code, int) and code not in mapping
+                  and class_of[code] == k != IGNORE]
+        if others:
             raise InputError(f"--map {value}={k}: the value {others[0]} means this class, too; "
                              f"if so, add {others[0]}={k}, else map it elsewhere")
-    return table
+    return {code: class_of[value_of.get(code, code)] for code in seen}
+
+
+def values_of_greys(data, seen, mapping):
+    """A dict, (v, v, v) -> v, where labels have no other colour than greys, else an empty one.
+
+    Some programs write a value into three equal channels. Raises InputError where such a grey is
+    the colour of another class, unless `mapping` says what the value means.
+    """
+    colours = [code for code in seen if isinstance(code, tuple)]
+    if not all(map(is_grey, colours)):
+        return {}
+    value_of = {colour: colour[0] for colour in sorted(colours)}
+    for k, colour in enumerate(data.palette):
+        value = value_of.get(colour, k)
+        if value != k and value not in mapping:
+            raise InputError(
+                f"{data.root}: labels hold only greys, which are read as values, but the grey "
+                f"{value} is the colour of {data.classes[k]}; say what it means with "
+                f"--map {value}=CLASS")
+    return value_of
 
 
 def main():
@@ -827,59 +881,86 @@ def _colour(text):
 
 def _mapping(items, classes):
     """--map as a dict, value -> class index. Raises InputError."""
-    known = {str(k): {k} for k in range(len(classes))} | {"ignore": {IGNORE}, "255": {IGNORE}}
-    for k, name in enumerate(classes):
-        known.setdefault(name, set()).add(k)
     mapping = {}
     for item in items:
-        value, _, name = item.partition("=")
-        if not value.isdecimal() or name not in known or int(value) in mapping:
+        value, _, text = item.partition("=")
+        meanings = {k for k, name in enumerate(classes) if text in (name, str(k))}
+        if text in ("ignore", str(IGNORE)):
+            meanings.add(IGNORE)
+        if not value.isdecimal() or not meanings or int(value) in mapping:
             raise InputError(f"--map {item}: takes VALUE=CLASS once a value, with the class's "
                              f"name, its index 0 to {len(classes) - 1}, or ignore")
-        if len(known[name]) > 1:
-            raise InputError(f"--map {item}: {name} is the name of a class and means something "
+        if len(meanings) > 1:
+            raise InputError(f"--map {item}: {text} is the name of a class and means something "
                              "else, too; give that class another name in classes.txt")
-        mapping[int(value)], = known[name]
+        mapping[int(value)] = meanings.pop()
     return mapping
 
 
 # ---------------------------------------------------------------- downloads
 
+@dataclass(frozen=True)
+class Download:
+    """An archive, its hash, and the folder in it that holds the data set."""
+    url: str
+    algorithm: str
+    digest: str
+    folder: str
+
+
+DOWNLOADS = {
+    "ade20k": Download("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+                       "sha1", "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7", "ADEChallengeData2016"),
+    "voc": Download(DATASET_YEAR_DICT["2012"]["url"],
+                    "md5", DATASET_YEAR_DICT["2012"]["md5"], "VOCdevkit"),
+}
+
+
 def download(name, root):
     """Fetch, verify and unpack DOWNLOADS[name] under `root`.
 
     Everything is made beside its place and renamed when complete. Raises InputError when it cannot
-    be had or its hash is wrong; nothing partial is left.
+    be had or its hash is wrong. Then nothing partial is left.
     """
-    url, algorithm, digest, folder = DOWNLOADS[name]
+    wanted = DOWNLOADS[name]
     root.mkdir(parents=True, exist_ok=True)
-    archive = root / Path(url).name
+    archive = root / Path(wanted.url).name
     if not archive.exists():
-        print(f"downloading {url} to {root}", flush=True)
-        try:
-            torch.hub.download_url_to_file(url, archive, progress=sys.stderr.isatty())
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            raise InputError(f"{url}: cannot download it ({e}); "
-                             f"get it elsewhere and unpack it in {root}") from None
+        _fetch(wanted.url, archive)
     try:
-        with open(archive, "rb") as f:
-            found = hashlib.file_digest(f, algorithm).hexdigest()
-        if found != digest:  # a truncated or altered transfer
-            archive.unlink(missing_ok=True)
-            raise InputError(
-                f"{archive}: {algorithm} {found} instead of {digest}: deleted; run the same "
-                f"command again, or get {url} elsewhere and unpack it in {root}")
+        _verify(archive, wanted)
         print(f"unpacking {archive}", flush=True)
         with scratch(root / "unpacking") as part:
             # members that lead out of `part` are left out of a zip, and a tar with such is refused
             safe = "data" if archive.suffix == ".tar" else None
             shutil.unpack_archive(archive, part, filter=safe)
-            publish(part / folder, root / folder)
+            publish(part / wanted.folder, root / wanted.folder)
     except OSError as e:
-        if not (root / folder).is_dir():  # else another process was first, and removed the archive
+        # where the folder is there, another process was first and has removed the archive
+        if not (root / wanted.folder).is_dir():
             raise InputError(f"{archive}: cannot unpack it ({e}); "
                              "free some space or give --data a larger disk") from None
     archive.unlink(missing_ok=True)
+
+
+def _fetch(url, archive):
+    print(f"downloading {url} to {archive.parent}", flush=True)
+    try:
+        torch.hub.download_url_to_file(url, archive, progress=sys.stderr.isatty())
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        raise InputError(f"{url}: cannot download it ({e}); "
+                         f"get it elsewhere and unpack it in {archive.parent}") from None
+
+
+def _verify(archive, wanted):
+    """Delete a truncated or altered archive and raise InputError."""
+    with open(archive, "rb") as f:
+        found = hashlib.file_digest(f, wanted.algorithm).hexdigest()
+    if found != wanted.digest:
+        archive.unlink(missing_ok=True)
+        raise InputError(
+            f"{archive}: {wanted.algorithm} {found} instead of {wanted.digest}: deleted; run the "
+            f"same command again, or get {wanted.url} elsewhere and unpack it in {archive.parent}")
 
 
 # ---------------------------------------------------------------- errors and the console
@@ -978,18 +1059,13 @@ def in_threads(function, items, **bar):
         return list(progress(pool.map(function, items), total=len(items), **bar))
 
 
-LOCKS = set()  # the open files of `locked`
-
-
 def quiet_worker(_):
-    """For loader processes: Ctrl-C and the lock of a run are the main process's business.
+    """For loader processes: Ctrl-C is the main process's business.
 
-    Ctrl-C reaches the whole group, but the main process saves and then ends the others. SIGTERM is
-    what it ends them with. A lock that they held, too, would outlive the main process.
+    Ctrl-C reaches all processes of a command, but the main one saves and then ends the others. It
+    ends them with SIGTERM, which they obey.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for lock in LOCKS:
-        lock.close()
 
 
 @contextmanager
@@ -1002,23 +1078,23 @@ def locked(folder):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock:
         try:
-            if sys.platform == "win32":
-                import msvcrt
-                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except OSError as e:
             if e.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 raise InputError(f"{folder}: another run is at work here; wait until it has ended, "
                                  "or choose another --out or --name") from None
             print(f"NOTE: {folder}: its file system has no locks ({e.strerror}), so that a second "
                   "run here would go unnoticed")
-        LOCKS.add(lock)
-        try:
-            yield
-        finally:
-            LOCKS.discard(lock)
+        yield
+
+
+def _lock(file):
+    if sys.platform == "win32":
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # ---------------------------------------------------------------- files
