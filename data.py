@@ -836,14 +836,14 @@ def values_of_greys(data, seen, mapping):
     colours = [code for code in seen if isinstance(code, tuple)]
     if not all(map(is_grey, colours)):
         return {}
-    value_of = {colour: colour[0] for colour in sorted(colours)}
+    value_of = {colour: colour[0] for colour in colours}
     for k, colour in enumerate(data.palette):
         value = value_of.get(colour, k)
         if value != k and value not in mapping:
             raise InputError(
                 f"{data.root}: labels hold only greys, which are read as values, but the grey "
-                f"{value} is the colour of {data.classes[k]}; say what it means with "
-                f"--map {value}=CLASS")
+                f"{value} is the colour of {data.classes[k]}; if it means this class, add "
+                f"--map {value}={k}")
     return value_of
 
 
@@ -971,7 +971,7 @@ class InputError(Exception):
 
 def command(main):
     """Run a script's `main`. What a user can mend is one line on stderr and an exit code."""
-    # started without one: what is printed goes nowhere
+    # a script can be started without these streams: what it prints then goes nowhere
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
@@ -980,29 +980,31 @@ def command(main):
         main()
         sys.stdout.flush()
         return
-    except InputError as e:  # a loader process puts its traceback in front
+    except InputError as e:
+        # one from a loader process has a traceback in front
         code, message = 2, f"error: {str(e).rpartition('InputError: ')[2]}"
     except KeyboardInterrupt as e:
         code, message = 130, str(e) or "interrupted; run the same command again to continue"
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as e:  # those that nobody can mend keep their traceback
-        if not what_to_do(e):
+    except Exception as e:
+        advice = what_to_do(e)
+        if not advice:  # errors that no user can mend keep their traceback
             raise
-        code, message = 2, f"error: {what_to_do(e)}"
+        code, message = 2, f"error: {advice}"
     sys.stdout.flush()  # so that the message comes last, where both go to one file
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 
-# words in an error of a limit of the machine, and what to do about it
+# Limits of the machine: words by which their errors are known, and what to do about each.
 LIMITS = (
     (("CUDA out of memory",), "out of GPU memory: lower --batch-size or --crop"),
     (("Too many open files", "ancdata"),
      "too many open files: take fewer --workers, --workers 0 for none, "
      "or raise the limit (ulimit -n)"),
-    # of torch's shared memory; other libraries have limits of that name, too
+    # whole phrases, because other libraries have limits called "shared memory", too
     (("Bus error", "unable to mmap", "unable to open shared memory object <",
       "unable to allocate shared memory", "unable to resize file <", "unable to write to file <"),
      "too little shared memory (/dev/shm) for the loader processes: take --workers 0, "
@@ -1018,8 +1020,9 @@ def what_to_do(error):
     for words, advice in LIMITS:
         if any(word in text for word in words):
             return advice
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    name = getattr(error, "filename", None) or full and "the disk or /dev/shm (see --workers)"
+    name = getattr(error, "filename", None)
+    if not name and getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        name = "the disk or /dev/shm (see --workers)"
     if name:
         return f"{name}: {error.strerror}; check the path, its permissions and the free space"
     return ""
@@ -1053,7 +1056,7 @@ def progress(iterable=None, disable=False, **kwargs):
 def in_threads(function, items, **bar):
     """[function(item) for item in items] by several threads, with a bar. The first error is raised.
 
-    Decoding and reading files let other threads run.
+    It is faster for functions that read and decode files, because these let other threads run.
     """
     with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
         return list(progress(pool.map(function, items), total=len(items), **bar))
@@ -1100,13 +1103,13 @@ def _lock(file):
 # ---------------------------------------------------------------- files
 
 def own_name(path):
-    """A name beside `path` that no other process uses."""
+    """A path beside `path` that no other process uses."""
     return path.with_name(f"{path.name}.part-{secrets.token_hex(4)}")
 
 
 @contextmanager
 def scratch(path):
-    """A new folder beside `path`. What is not renamed out of it is deleted in the end."""
+    """A new folder beside `path`. It is deleted in the end, unless it was renamed."""
     part = own_name(path)
     part.mkdir(parents=True)
     try:
@@ -1130,7 +1133,7 @@ def write_atomically(path, content, shared=False):
     shared: several processes may write it at once. Raises InputError where that fails.
     """
     path = Path(path)
-    # with one writer the part that a kill left behind is overwritten by the next one
+    # With one writer the name is always the same, so that the next one overwrites what a kill left.
     part = own_name(path) if shared else path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as f:
@@ -1156,7 +1159,7 @@ def save_tensors(path, content):
 # ---------------------------------------------------------------- weights
 
 def load_checkpoint(path, keys=()):
-    """What torch.save wrote, a dict of tensors and plain values only.
+    """The dict that torch.save wrote, if it holds tensors and plain values alone.
 
     Raises InputError if it is not one, or lacks one of `keys`.
     """
@@ -1170,7 +1173,8 @@ def load_checkpoint(path, keys=()):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the path of a last.pt") from None
     except Exception as e:
-        objects = re.search(r"GLOBAL (\S+)", str(e))  # not opened here: they can run code
+        # other objects are not opened, because they can run code
+        objects = re.search(r"GLOBAL (\S+)", str(e))
         reason = f"it holds objects of Python, {objects[1]}" if objects else str(e)[:80]
         raise InputError(f"{path}: not a readable checkpoint ({reason or 'empty'}); make it or get "
                          "it again, or save the network's state_dict() alone") from None
@@ -1186,8 +1190,11 @@ def read_weights(source, option):
 
     What training scripts and wrappers put round it is taken off, and a printed line says so.
     """
-    state, taken_off = unwrap(_download_weights(source, option) if "://" in str(source)
-                              else load_checkpoint(source))
+    if "://" in str(source):
+        saved = _download_weights(source, option)
+    else:
+        saved = load_checkpoint(source)
+    state, taken_off = unwrap(saved)
     if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{source}: not a plain state dict of tensors; {option} takes one")
     if taken_off:
@@ -1196,7 +1203,7 @@ def read_weights(source, option):
 
 
 def unwrap(state):
-    """The state dict inside of what was saved, and words for what was round it."""
+    """The state dict inside of what was saved, and a list of what was taken off, in words."""
     taken_off = []
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state.get(key), dict):
@@ -1230,19 +1237,18 @@ def _download_weights(source, option):
 def load_strictly(module, state, source, wanted, remedy, aside=()):
     """Fill `module` from a state dict of its own names and shapes.
 
-    What begins with one of `aside` is left aside, and the names of it are returned. Raises
-    InputError, that `source` does not hold what is `wanted`, before anything is changed.
+    Tensors whose names begin with one of `aside` are left out, and their names are returned.
+    Raises InputError, that `source` does not hold what is `wanted`, before anything is changed.
     """
     left = sorted(k for k in state if k.startswith(tuple(aside)))
     needed = module.state_dict()
-    # old files lack num_batches_tracked
+    # Old files lack BatchNorm's counters, which change no result.
     counters = {k: v for k, v in needed.items() if k.endswith("num_batches_tracked")}
     state = counters | {k: v for k, v in state.items() if k not in left}
-    bad = [k for k in needed if getattr(state.get(k), "shape", None) != needed[k].shape]
+    bad = [k for k in needed if _shape(state.get(k)) != _shape(needed[k])]
     bad += sorted(set(state) - set(needed))
     if bad:
-        there, here = (tuple(getattr(d.get(bad[0]), "shape", ())) or "nothing"
-                       for d in (state, needed))
+        there, here = _shape(state.get(bad[0])), _shape(needed.get(bad[0]))
         raise InputError(f"{source}: not {wanted}: {len(bad)} tensors differ, the first is "
                          f"{bad[0]} (there {there}, here {here}); {remedy}")
     for name, tensor in state.items():
@@ -1251,6 +1257,10 @@ def load_strictly(module, state, source, wanted, remedy, aside=()):
                              "give a file saved before its training went wrong")
     module.load_state_dict(state)
     return left
+
+
+def _shape(tensor):
+    return tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "nothing"
 
 
 if __name__ == "__main__":
