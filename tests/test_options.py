@@ -79,6 +79,7 @@ def test_weights_of_terms_are_changed_one_by_one_or_by_a_word():
     ("--name ..", "--name ..: leaves the folder"), ("--name /a", "--name /a: leaves the folder"),
     ("--method ce --kl reverse", "--kl reverse: ce has no direction"),
     ("--method teacher --kl reverse", "--kl reverse: teacher has no direction"),
+    ("--method ce --teach end", "--teach end: ce has no teacher"),
     ("--method kd --clip RN101.pt", "--clip: kd uses no attention pool"),
     ("--weights gb", "c2vkd takes pdd=NUMBER gb=NUMBER"), ("--weights gb=much", "gb=NUMBER"),
     ("--weights gb=nan", "gb=NUMBER"), ("--weights xx=1", "--weights xx=1: c2vkd takes"),

@@ -117,6 +117,55 @@ def test_measured_rows_hold_norms_and_cosines_of_a_backward_pass(folder, taught,
     assert not rows[0]["grad_pdd"] and float(rows[1]["cos_pdd"]) > 0.5
 
 
+@pytest.mark.parametrize("score, teach, alone", [
+    (0, "outgrown", True), (100, "outgrown", False), (0, "end", False)])
+def test_a_student_that_is_better_than_its_teacher_learns_from_the_labels_alone(
+        folder, out, monkeypatch, capsys, score, teach, alone):
+    scores = out / "folder" / TEACHER / "results-val.json"
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"miou": score}))
+    found, cross_entropy = [], train.cross_entropy
+
+    def recording(z_S, labels):
+        found.append(cross_entropy(z_S, labels))
+        return found[-1]
+
+    monkeypatch.setattr(train, "cross_entropy", recording)
+    few = "--method", "c2vkd", "--steps", 6, "--val-every", 2, "--teach", teach
+    train_with(options(folder, out, *few))
+    run = out / "folder/c2vkd-mit_nano-seed0"
+    rows = rows_of(run)[1:]
+    sums = [sum(float(row[f"weighted_{n}"]) for n in METHODS["c2vkd"].weights) for row in rows]
+    losses_ = [float(row["total"]) for row in rows]
+    from_step = 3 if alone else 7
+    assert losses_[:from_step - 1] == pytest.approx(sums[:from_step - 1], rel=1e-4)
+    if alone:  # measured until then, the loss from then on
+        assert losses_[2:] == pytest.approx([ce.item() for ce in found[-4:]], rel=1e-4)
+    assert bool(rows[-1]["grad_gb"]) != alone
+    assert ("better than its teacher, val mIoU 0.00" in capsys.readouterr().out) == alone
+    assert last(run)["outgrown"] == alone and last(run)["stage"]["teach"] == teach
+
+
+def test_an_outgrown_teacher_stays_so_after_a_stop(folder, out, tmp_path, monkeypatch):
+    scores = out / "folder" / TEACHER / "results-val.json"
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"miou": 0}))
+    few = options(folder, out, "--method", "kd", "--steps", 6, "--val-every", 2)
+    train_with(few)
+    whole = result(out / "folder/kd-mit_nano-seed0")
+    shutil.rmtree(out / "folder/kd-mit_nano-seed0")
+    save = train.Checkpoint.save
+
+    def save_and_stop(self, step):
+        save(self, step)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Checkpoint, "save", save_and_stop)
+        train_with(few)
+    train_with(few)
+    assert not differing(out / "folder/kd-mit_nano-seed0", whole)
+
+
 def test_the_student_alone_needs_no_teacher_and_stands_beside_the_others(folder, tmp_path, capsys):
     train_with(options(folder, tmp_path, "--method", "ce"))
     runs = tmp_path / "folder"
