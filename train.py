@@ -65,13 +65,13 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
                                   fused=run.machine.cuda)
     checkpoint = Checkpoint(run, trained, optimizer)
     with one_process_first():
-        if not checkpoint.found:
+        if not checkpoint.continues:
             load_encoder(student.encoder, stage.network, weights)
     parallel = run.parallel(trained)  # the same network, with gradients averaged over processes
-    shown = {"teacher": teacher, "student": student}
+    in_picture = {"teacher": teacher, "student": student}
     log = Log(run, checkpoint.step, measured=measured_steps(stage.steps))
     if checkpoint.step == 0:
-        log.write(0, validate(run, 0, student, shown))
+        log.write(0, validate(run, 0, student, in_picture))
 
     for step, images, labels in batches(run, checkpoint.step, "A_v" in method.needs):
         set_rate(optimizer, schedule(step, stage.steps, stage.warmup, power=1))
@@ -96,7 +96,7 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
         log.add(terms, loss)
         if run.writes(step):
             log.close_row(step, optimizer, trained)
-            miou = validate(run, step, student, shown) if run.validates(step) else None
+            miou = validate(run, step, student, in_picture) if run.validates(step) else None
             log.write(step, miou)
             checkpoint.judge(miou, to_beat)
             checkpoint.save_if_due(step)
@@ -114,7 +114,7 @@ def train_teacher(run, weights):
     optimizer = teacher_optimizer(teacher, stage)
     checkpoint = Checkpoint(run, teacher, optimizer)
     with one_process_first():
-        if not checkpoint.found:
+        if not checkpoint.continues:
             initialise(teacher, stage.network, weights)
     parallel = run.parallel(teacher)
     log = Log(run, checkpoint.step)
@@ -130,8 +130,8 @@ def train_teacher(run, weights):
         log.add(terms, terms["ce"])
         if run.writes(step):
             log.close_row(step, optimizer, teacher)
-            shown = {"teacher": teacher}
-            miou = validate(run, step, teacher, shown) if run.validates(step) else None
+            in_picture = {"teacher": teacher}
+            miou = validate(run, step, teacher, in_picture) if run.validates(step) else None
             log.write(step, miou)
             checkpoint.save_if_due(step)
     return teacher.freeze()
@@ -207,14 +207,14 @@ class Stage:
 
 
 def differing(there, here, prefix=""):
-    found = []
+    differences = []
     for name, value in here.items():
         other = there.get(name)
         if isinstance(value, dict) and isinstance(other, dict):
-            found += differing(other, value, f"{prefix}{name}.")
+            differences += differing(other, value, f"{prefix}{name}.")
         elif value != other:
-            found.append(f"{prefix}{name} (there {shorten(other)}, here {shorten(value)})")
-    return found
+            differences.append(f"{prefix}{name} (there {shorten(other)}, here {shorten(value)})")
+    return differences
 
 
 def plain(stage):
@@ -355,8 +355,8 @@ def teacher_optimizer(teacher, stage):
                            stage.rate, momentum=0.9, weight_decay=5e-4)
 
 
-def validate(run, step, network, shown):
-    """mIoU of `network` on val, in percent, and a picture of the networks in `shown`.
+def validate(run, step, network, in_picture):
+    """mIoU of `network` on val, in percent, and a picture of those `in_picture`.
 
     At the last step the scores go into results-val.json.
     """
@@ -374,7 +374,7 @@ def validate(run, step, network, shown):
         if last:
             write_scores(run.folder, "val", result, run.description | {"step": step})
         (run.folder / "pictures").mkdir(exist_ok=True)
-        picture = comparison(run.data, "val", stage.base, stage.crop, shown, machine.device)
+        picture = comparison(run.data, "val", stage.base, stage.crop, in_picture, machine.device)
         picture.save(run.folder / f"pictures/step{step:06d}.png")
     for module, training in modes.items():
         module.training = training
@@ -494,8 +494,8 @@ def gradient_norms_and_cosines(terms, ce, encoder):
 class Checkpoint:
     """last.pt of a stage. Where the folder holds one, the stage continues from it.
 
-    found: whether it does. step: how many steps are done. outgrown: whether the student was better
-    than its teacher in a validation. Raises InputError where the last.pt belongs to another
+    continues: whether it does. step: how many steps are done. outgrown: whether the student was
+    better than its teacher in a validation. Raises InputError where the last.pt belongs to another
     experiment.
     """
     SAVE_SECONDS = 900  # between saves where validations are rarer
@@ -505,8 +505,8 @@ class Checkpoint:
         self.path, self.step, self.saved = run.folder / "last.pt", 0, time.monotonic()
         self.outgrown = False
         run.folder.mkdir(parents=True, exist_ok=True)
-        self.found = agreed(self.path.exists())
-        if self.found:
+        self.continues = agreed(self.path.exists())
+        if self.continues:
             self.load()
 
     def load(self):
@@ -623,15 +623,15 @@ def train(args, machine):
     announce(plan, args)
 
     entries = {}  # rows of the table: name -> (network, its scores, its log)
-    teacher = pool = found = of_pool = None
+    teacher = pool = teacher_run = pool_identity = None
     if "teacher" in plan.needs:
-        teacher, found = get_teacher(plan, args, entries)
+        teacher, teacher_run = get_teacher(plan, args, entries)
     if "A_l" in plan.needs:
-        pool, of_pool = get_pool(plan, args, teacher, found)
+        pool, pool_identity = get_pool(plan, args, teacher, teacher_run)
     for method in plan.methods:
         needs = METHODS[method].needs
-        run = plan.student(method, found if "teacher" in needs else None,
-                           of_pool if "A_l" in needs else None)
+        run = plan.student(method, teacher_run if "teacher" in needs else None,
+                           pool_identity if "A_l" in needs else None)
         to_beat = None
         if run.stage.teach == "outgrown":
             to_beat = agreed(entries.get("teacher") and entries["teacher"][1]["miou"])
@@ -642,7 +642,7 @@ def train(args, machine):
     if machine.rank == 0:
         if plan.methods and "student alone" not in entries:
             add_student_alone(entries, plan.student("ce"))
-        report_run(plan, run if plan.methods else found, entries)
+        report_run(plan, run if plan.methods else teacher_run, entries)
 
 
 class Plan:
@@ -675,27 +675,30 @@ class Plan:
 
     def teacher(self):
         args = self.args
-        stage = Stage("teacher", args.teacher, identity_of_weights(args.teacher_weights),
-                      args.teacher_steps, args.teacher_lr, seed=args.teacher_seed,
-                      weights={"ce": 1.0}, **self.common)
+        stage = Stage(
+            stage="teacher", network=args.teacher,
+            initial=identity_of_weights(args.teacher_weights), steps=args.teacher_steps,
+            rate=args.teacher_lr, seed=args.teacher_seed, weights={"ce": 1.0}, **self.common)
         seed = f"-seed{args.teacher_seed}" if args.teacher_seed else ""
         return self.run(stage, self.root / f"teacher-{args.teacher}{seed}")
 
     def pool(self, teacher):
-        """teacher: the Run of a trained one, or the Given one."""
+        """teacher: the Run of a trained one, or the GivenTeacher."""
         args = self.args
-        stage = Stage("pool", "attention_pool", "none", args.pool_steps, 3e-4,  # ours
-                      seed=args.teacher_seed, weights={"bce": 1.0}, teacher=teacher.identity,
-                      **self.common)
+        stage = Stage(
+            stage="pool", network="attention_pool", initial="none", steps=args.pool_steps,
+            rate=3e-4, seed=args.teacher_seed, weights={"bce": 1.0}, teacher=teacher.identity,
+            **self.common)
         return self.run(stage, teacher.folder / "pool")
 
     def student(self, method, teacher=None, pool=None):
-        """teacher: a Run or a Given one. pool: identity of the pool. None where not needed."""
+        """teacher: a Run or a GivenTeacher. pool: identity of the pool. None where not needed."""
         args, needs = self.args, METHODS[method].needs
         asked = method == args.method
         stage = Stage(
-            "student", args.student, identity_of_weights(args.student_weights), args.steps,
-            args.lr, seed=args.seed, method=method,
+            stage="student", network=args.student,
+            initial=identity_of_weights(args.student_weights), steps=args.steps, rate=args.lr,
+            seed=args.seed, method=method,
             weights=args.term_weights if asked else dict(METHODS[method].weights),
             kl=args.kl if METHODS[method].has_direction else None,
             teach=args.teach if "teacher" in needs else None,
@@ -800,11 +803,11 @@ def at_work(run):
 
 
 # Fields in which a finished teacher or pool may differ from what is asked
-LOOSE = ("batch_size", "base", "crop", "scale", "rate", "warmup")
+MAY_DIFFER = ("batch_size", "base", "crop", "scale", "rate", "warmup")
 
 
 def adopt(run, quiet=False):
-    """The run, or that of the finished stage in its folder if only LOOSE fields differ.
+    """The run, or that of the finished stage in its folder if only MAY_DIFFER fields differ.
 
     A NOTE says so, unless quiet.
     """
@@ -812,7 +815,7 @@ def adopt(run, quiet=False):
     if not agreed(path.exists()):
         return run
     last = read_last(path)
-    saved = {k: last["stage"].get(k) for k in LOOSE}
+    saved = {k: last["stage"].get(k) for k in MAY_DIFFER}
     loose = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     adopted = replace(run.stage, **loose)
     finished = last["step"] == last["stage"].get("steps")
@@ -845,7 +848,7 @@ def digest_of(path):
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenTeacher:
     """A finished teacher from a file: what it is, and the folder of its scores and its pool."""
     identity: dict
     folder: Path
@@ -860,7 +863,7 @@ def is_finished_teacher(source):
 
 
 def get_teacher(plan, args, entries):
-    """Train the teacher or read the given one -> (it, frozen, and its Run or Given)."""
+    """Train the teacher or read the given one -> (it, frozen, and its Run or GivenTeacher)."""
     if is_finished_teacher(args.teacher_weights):
         return given_teacher(plan, args, entries)
     run = adopt(plan.teacher())
@@ -893,7 +896,7 @@ def given_teacher(plan, args, entries):
             initialise(teacher, args.teacher, source)
     teacher = teacher.to(plan.machine.device, memory_format=torch.channels_last).freeze()
     weights = identity_of_weights(source)
-    given = Given({"network": args.teacher, "weights": weights},
+    given = GivenTeacher({"network": args.teacher, "weights": weights},
                   plan.root / f"teacher-{args.teacher}-{weights.split()[-1]}")
     entries["teacher"] = teacher, scores_of_given(plan, args, teacher, given), None
     return teacher, given
@@ -923,13 +926,13 @@ def scores_of_given(plan, args, teacher, given):
     return result
 
 
-def get_pool(plan, args, teacher, found):
+def get_pool(plan, args, teacher, teacher_run):
     """Fit the pool on the teacher or read CLIP's -> (it, frozen, and its identity)."""
     if args.clip:
         grid = pool_grid(teacher, args.crop, plan.machine.device)
         pool = load_clip_pool(args.clip, teacher.channels, grid)
         return pool.to(plan.machine.device), {"clip": digest_of(args.clip)}
-    run = adopt(plan.pool(found))
+    run = adopt(plan.pool(teacher_run))
     with at_work(run):
         return fit_pool(run, teacher), run.identity
 
@@ -944,26 +947,26 @@ def report_pool(run, fitter, teacher):
     val = replace(run.data, pairs={"train": pairs})
     crops = TrainStream(val, stage.seed, stage.base, stage.crop, (1, 1), len(pairs))
     fitter.eval()
-    found, truth = [], []
+    answers, truth = [], []
     for i in range(min(200, len(pairs))):
         image, label = crops[i]
         with run.machine.precision():
             feature = teacher(normalise(image[None].to(run.machine.device))).feature
-            found.append(fitter(feature).float().cpu())
+            answers.append(fitter(feature).float().cpu())
         truth.append(presence(label[None].long(), len(classes)))
-    text = words_of_pool(torch.cat(found), torch.cat(truth), classes)
+    text = words_of_pool(torch.cat(answers), torch.cat(truth), classes)
     write_atomically(run.folder / "report.txt", f"{text}\n".encode())
     print(text)
 
 
-def words_of_pool(found, truth, classes):
-    """found: scores (M,K) of M crops. truth: which classes occur in them (M,K)."""
+def words_of_pool(answers, truth, classes):
+    """answers: logits (M,K) of M crops. truth: which classes occur in them (M,K)."""
     frequency = truth.mean(0)
     some = (frequency > 0) & (frequency < 1)
     if not some.any():
         return (f"pool: no class is in some of the {len(truth)} val crops and not in others: "
                 "nothing to measure")
-    precision = average_precision(found, truth)[some].mean()
+    precision = average_precision(answers, truth)[some].mean()
     always = ", ".join(name for name, f in zip(classes, frequency) if f == 1)
     return (f"pool: mean average precision on {len(truth)} val crops {100 * precision:.1f}, class "
             f"frequency alone {100 * frequency[some].mean():.1f}; in every crop, so that they "
