@@ -42,7 +42,7 @@ from student import VARIANTS, Student, count_parameters
 from teacher import TEACHERS, Teacher
 
 
-# ---------------------------------------------------------------- metric
+# ---------------------------------------------------------------- mIoU
 
 def confusion_matrix(prediction, label, classes):
     """Counts (K,K) int64, row = label, column = prediction. Pixels labelled 255 are left out."""
@@ -52,18 +52,16 @@ def confusion_matrix(prediction, label, classes):
 
 
 def scores(matrix):
-    """What a confusion matrix (K,K) says, in percent.
+    """What a confusion matrix (K,K) says, in percent: miou, pixel_accuracy, iou of each class.
 
-    miou, pixel_accuracy, iou of each class: None for one in neither labels nor predictions.
-    classes_scored: how many classes the mean runs over.
+    The iou of a class in neither labels nor predictions is None. The mean leaves it out.
     """
     hit = matrix.diag().double()
     iou = (100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)).tolist()
     present = [v for v in iou if not math.isnan(v)]
     return {"miou": sum(present) / max(1, len(present)),
             "iou": [None if math.isnan(v) else v for v in iou],
-            "pixel_accuracy": (100 * hit.sum() / matrix.sum().clamp(min=1)).item(),
-            "classes_scored": len(present)}
+            "pixel_accuracy": (100 * hit.sum() / matrix.sum().clamp(min=1)).item()}
 
 
 def commonest(matrix):
@@ -74,53 +72,73 @@ def commonest(matrix):
     return scores(answers)["miou"]
 
 
-# ---------------------------------------------------------------- prediction
+# ---------------------------------------------------------------- the sliding window
+
+def evaluate(model, data, split, base, window, device, stride=None, batch=8, images=None,
+             desc="evaluating", workers=0):
+    """Confusion matrix (K,K) of `model`, in eval mode, on a split.
+
+    base: pixels of the short side at which the network sees the images.
+    window, stride, batch: see `predict`. images: how many, spread over the split (default: all).
+    workers: processes that decode.
+    With several processes each takes every n-th image, and the counts are added up.
+    """
+    assert not model.training, "call model.eval() first"
+    several = dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    chosen = spread(len(data.pairs[split]), images)[rank::processes]
+    # a generator of its own: the loader would draw from the one that training continues with
+    loader = DataLoader(EvalImages(data, split, base, chosen), batch_size=None,
+                        num_workers=workers, worker_init_fn=quiet_worker,
+                        generator=torch.Generator())
+    classes = len(data.classes)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    for image, label in progress(loader, desc=desc, unit="images", disable=rank > 0, leave=False):
+        label = label.to(device)
+        prediction = predict(model, image.to(device), label.shape, window, stride, batch)
+        matrix += confusion_matrix(prediction, label, classes)
+    if several:
+        dist.all_reduce(matrix)
+    return matrix
+
 
 @torch.no_grad()
-def predict(model, image, size, window=None, stride=None, flip=False, batch=8):
+def predict(model, image, size, window=None, stride=None, batch=8):
     """Class map (H,W) int64 at `size` of one uint8 image (3,h,w).
 
     The window slides over the image in steps of at most `stride` (default: two thirds of it),
     `batch` windows at a time. Logits are averaged where windows overlap, then resized bilinearly.
-    window=None: the whole image at once. flip: averaged with the mirror image.
+    window=None: the whole image at once.
     Images smaller than the window are padded with the mean colour.
     """
-    images = normalise(image[None])
-    if flip:
-        images = torch.cat([images, images.flip(3)])
-    h, w = images.shape[2:]
+    h, w = image.shape[1:]
     height, width = (window, window) if window else (max(h, 32), max(w, 32))
-    images = F.pad(images, (0, max(0, width - w), 0, max(0, height - h)))
-    logits = _slide(model, images, height, width, stride, batch)[:, :, :h, :w]
-    if flip:
-        logits = (logits[:1] + logits[1:].flip(3)) / 2
-    return class_map(logits[0], tuple(size))
+    image = normalise(image[None])[0]  # the mean colour is 0 now
+    image = F.pad(image, (0, max(0, width - w), 0, max(0, height - h)))
+    logits = _slide(model, image, height, width, stride, batch)[:, :h, :w]
+    return class_map(logits, tuple(size))
 
 
-def _slide(model, images, height, width, stride, batch):
-    """Logits (B,K,H,W) of images (B,3,H,W) from windows of height x width."""
+def _slide(model, image, height, width, stride, batch):
+    """Logits (K,H,W) of a normalised image (3,H,W) from windows of height x width."""
     # differs: the paper's windows have 512 pixels and an overlap that is not stated. The release
     # scores one centre crop of a resized image with resized labels. Here windows overlap by a
     # third and are scored at the labels' own size.
-    tops = _starts(images.shape[2], height, stride)
-    lefts = _starts(images.shape[3], width, stride)
-    corners = [(y, x) for y in tops for x in lefts]
-    total = None
-    for i in range(0, len(corners), batch):
-        some = corners[i:i + batch]
-        crops = torch.cat([images[:, :, y:y + height, x:x + width] for y, x in some])
-        logits = logits_of(model, crops)
-        if total is None:
-            total = logits.new_zeros(len(images), logits.shape[1], *images.shape[2:])
-            windows = logits.new_zeros(images.shape[2:])
-        for (y, x), part in zip(some, logits.split(len(images))):
-            part = F.interpolate(part, (height, width), mode="bilinear")
-            total[:, :, y:y + height, x:x + width] += part
-            windows[y:y + height, x:x + width] += 1
+    tops = _window_starts(image.shape[1], height, stride)
+    lefts = _window_starts(image.shape[2], width, stride)
+    corners = list(itertools.product(tops, lefts))
+    crops = torch.stack([image[:, y:y + height, x:x + width] for y, x in corners])
+    logits = torch.cat([logits_of(model, some) for some in crops.split(batch)])  # windows,K,h,w
+    total = logits.new_zeros(logits.shape[1], *image.shape[1:])
+    windows = logits.new_zeros(image.shape[1:])  # how many cover each pixel
+    for (y, x), part in zip(corners, logits):
+        part = F.interpolate(part[None], (height, width), mode="bilinear")[0]
+        total[:, y:y + height, x:x + width] += part
+        windows[y:y + height, x:x + width] += 1
     return total / windows
 
 
-def _starts(side, window, stride):
+def _window_starts(side, window, stride):
     """Where windows begin along one side. The last one lies flush with the end."""
     stride = min(stride or 2 * window // 3, window)
     return [*range(0, side - window, stride), side - window]
@@ -139,7 +157,8 @@ def class_map(logits, size):
 
     Ties go to the lower class.
     """
-    # K x H x W numbers of a large picture are gigabytes: up to 16 classes at a time, in 32 MB
+    # All classes of a large picture at its size are gigabytes. So a few classes are resized at a
+    # time: as many as fit in 32 MB, at most 16.
     group = max(1, min(16, 2 ** 23 // math.prod(size)))
     best = torch.full(size, -torch.inf, device=logits.device)
     classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
@@ -151,42 +170,261 @@ def class_map(logits, size):
     return classes
 
 
-def evaluate(model, data, split, base, window, device, stride=None, flip=False, batch=8,
-             images=None, desc="evaluating", workers=0):
-    """Confusion matrix (K,K) of `model`, in eval mode, on a split.
+# ---------------------------------------------------------------- comparison of runs
 
-    images: how many, spread over the split (default: all). workers: processes that decode.
-    With several processes each takes every n-th image, and the counts are added up.
+def compare(folder, split, against=()):
+    """Text on all runs below `folder`, a part for each teacher.
+
+    mIoU, mean and deviation; gain over `ce`, paired by seed, and its 95% interval; for each name
+    in `against` the other methods' gains beside its own; IoU of each class.
+    Raises InputError as `read_runs` does, and for a name in `against` without a gain.
     """
-    assert not model.training, "call model.eval() first"
-    several = dist.is_initialized()
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    chosen = spread(len(data.pairs[split]), images)[rank::processes]
-    # a generator of its own: the loader would draw from the one that training continues with
-    loader = DataLoader(EvalImages(data, split, base, chosen), batch_size=None,
-                        num_workers=workers, worker_init_fn=quiet_worker,
-                        generator=torch.Generator())
-    classes = len(data.classes)
-    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    for image, label in progress(loader, desc=desc, unit="images", disable=rank > 0, leave=False):
-        label = label.to(device)
-        prediction = predict(model, image.to(device), label.shape, window, stride, flip, batch)
-        matrix += confusion_matrix(prediction, label, classes)
-    if several:
-        dist.all_reduce(matrix)
-    return matrix
+    groups = read_runs(folder, split)
+    gains = [gains_over_ce(runs) for _, runs in groups]
+    known = sorted({name for gain in gains for name in gain})
+    for name in against:
+        if name not in known:
+            raise InputError(f"--against {name}: no gain of that name below {folder}; "
+                             f"there are {', '.join(known) or 'none'}")
+    teachers = _what_differs([teacher for teacher, _ in groups])
+    parts = []
+    for teacher, (_, runs), gain in zip(teachers, groups, gains):
+        some = next(result for seeds in runs.values() for result in seeds.values())
+        head = f"{folder}: {split}, {some['step']} steps{teacher}"
+        parts.append(f"{head}\n{_overview(runs, gain)}")
+        parts += [_against(gain, name) for name in against if name in gain]
+        parts.append(_each_class(runs, some["classes"]))
+    return "\n\n".join(parts)
 
 
-def default_workers(gpus):
-    """Loader processes of one of `gpus` processes: its share of the cores, at most 16.
+def gains_over_ce(runs):
+    """name -> seed -> points of mIoU over `ce` on the same seed. runs: name -> seed -> result."""
+    alone, gains = runs.get("ce", {}), {}
+    for name, seeds in runs.items():
+        gain = {seed: result["miou"] - alone[seed]["miou"]
+                for seed, result in seeds.items() if seed in alone}
+        if gain and name != "ce":
+            gains[name] = gain
+    return gains
 
-    0 without a GPU, where the network itself keeps the cores busy.
+
+# two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+       2.145)
+
+
+def _mean_and_interval(gains):
+    """Mean of a list of gains and Student's 95% interval of that mean, each as text."""
+    if not gains:
+        return "-", "-"
+    mean = statistics.mean(gains)
+    if len(gains) == 1:
+        return f"{mean:+.2f}", "(one seed)"
+    quantile = T95[min(len(gains) - 2, len(T95) - 1)]
+    half = quantile * statistics.stdev(gains) / len(gains) ** 0.5
+    return f"{mean:+.2f}", f"[{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def _overview(runs, gains):
+    """Table of the runs' mIoU and gains."""
+    rows = [["method", "seeds", "mIoU", "std", "gain over ce", "95% interval"]]
+    for name, seeds in runs.items():
+        values = [result["miou"] for result in seeds.values()]
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        gain = _mean_and_interval(list(gains.get(name, {}).values()))
+        mean = statistics.mean(values)
+        rows.append([name, str(len(values)), number(mean), number(deviation), *gain])
+    return columns(rows)
+
+
+def _against(gains, other):
+    """Table of the gains beside that of `other`, paired by seed.
+
+    Twice the other's gain is taken off, too, because the paper claims more than twice the gain.
     """
-    # the cores that this process may use, where the system tells: torch warns above their number
-    usable = getattr(os, "sched_getaffinity", None)
-    cores = len(usable(0)) if usable else os.cpu_count()
-    processes = max(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return min(16, cores // processes) if gpus else 0
+    rows = [[f"against {other}", "seeds", f"gain - 2 gain({other})", "95% interval",
+             f"gain - gain({other})", "95% interval"]]
+    for name, gain in gains.items():
+        if name == other:
+            continue
+        pairs = [(gain[seed], gains[other][seed]) for seed in gain if seed in gains[other]]
+        twice = _mean_and_interval([mine - 2 * others for mine, others in pairs])
+        once = _mean_and_interval([mine - others for mine, others in pairs])
+        rows.append([name, str(len(pairs)), *twice, *once])
+    return columns(rows)
+
+
+def _each_class(runs, classes):
+    """Table of the IoU of each class, the mean over the seeds in which it occurs."""
+    rows = [["IoU of each class, %", *runs]]
+    for k, name in enumerate(classes):
+        cells = []
+        for seeds in runs.values():
+            found = [r["iou"][k] for r in seeds.values() if r["iou"][k] is not None]
+            cells.append(number(statistics.mean(found) if found else None))
+        rows.append([name, *cells])
+    return columns(rows)
+
+
+def read_runs(folder, split):
+    """Results of all students below `folder`, a group for each teacher.
+
+    [(the teacher's identity or None, label or method -> seed -> result), ...], with `ce` in all.
+    Raises InputError where two runs differ in a condition that both have, where runs of one name
+    and teacher differ in method or options, and where a result cannot be read.
+    """
+    students = {}
+    for path in sorted(Path(folder).rglob(f"results-{split}.json")):
+        result = read_scores(path)
+        if result["method"] not in (None, "teacher"):
+            students[path] = result
+    if not students:
+        raise InputError(f"{folder}: no results-{split}.json of a student below it; "
+                         f"run train.py, or evaluate.py --split {split}")
+    _refuse_differences({path: _conditions(result) for path, result in students.items()})
+    alone, taught = {}, {}
+    for path, result in students.items():
+        teacher = json.dumps(result["conditions"].get("teacher_identity"), sort_keys=True)
+        group = alone if result["method"] == "ce" else taught.setdefault(teacher, {})
+        group[path] = result
+    groups = taught or {"null": {}}
+    return [(json.loads(teacher), _by_name_and_seed(alone | group))
+            for teacher, group in groups.items()]
+
+
+def _conditions(result):
+    """What all runs of a comparison share, as far as they have it. Their teachers may differ."""
+    conditions = result["conditions"] | {"step": result["step"],
+                                         "names of the classes": result["classes"]}
+    conditions.pop("teacher_identity", None)
+    if "labels" in result:  # of the split, where evaluate.py scored it
+        conditions["labels that were scored"] = result["labels"]
+    return conditions
+
+
+def _by_name_and_seed(results):
+    """label or method -> seed -> result. results: path -> result, of one teacher and of `ce`."""
+    _refuse_differences({path: _options(result) for path, result in results.items()})
+    runs = {}
+    for path, result in results.items():
+        seeds = runs.setdefault(_name(result), {})
+        if result["seed"] in seeds:
+            raise InputError(f"{path}: a second run of {_name(result)}, seed {result['seed']}; "
+                             "keep one")
+        seeds[result["seed"]] = result
+    return runs
+
+
+def _name(result):
+    return result.get("label") or result["method"]
+
+
+def _options(result):
+    """What all runs of one name and one teacher share."""
+    own = {"method": result["method"]} | (result.get("options") or {})
+    return {f"{key} of {_name(result)}": value for key, value in own.items()}
+
+
+def _refuse_differences(results):
+    """Raises InputError where a result differs from one before it in a value that both have.
+
+    results: path -> what to compare, name -> value.
+    """
+    seen = {}
+    for path, values in results.items():
+        differing = [name for name, value in values.items()
+                     if seen.setdefault(name, (value, path))[0] != value]
+        if differing:
+            other = seen[differing[0]][1]
+            raise InputError(f"{path}: differs from {other} in {', '.join(differing)}; "
+                             "compare runs of the same conditions, "
+                             "and give those of other options another --name")
+
+
+def _what_differs(teachers):
+    """For each teacher's identity a text on what tells it from the others."""
+    known = [teacher or {} for teacher in teachers]
+    keys = dict.fromkeys(key for teacher in known for key in teacher)
+    telling = [key for key in keys if any(t.get(key) != known[0].get(key) for t in known)]
+    texts = [", ".join(f"{key} {teacher.get(key)}" for key in telling) for teacher in known]
+    return [f", teacher: {text}" if text else "" for text in texts]
+
+
+# ---------------------------------------------------------------- tables of one run
+
+def columns(rows):
+    """Text table of rows of str: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def number(value, form=".2f"):
+    return "-" if value is None else format(value, form)
+
+
+def table(rows, classes):
+    """Text table of networks, each row (label, parameters, milliseconds or None, scores)."""
+    head = [["", "parameters", "ms an image", "mIoU", "pixel acc."]]
+    for label, count, ms, result in rows:
+        head.append([label, f"{count:,}", number(ms, ".1f"), number(result["miou"]),
+                     number(result["pixel_accuracy"])])
+    each = [["IoU of each class, %", *(label for label, *_ in rows)]]
+    for k, name in enumerate(classes):
+        each.append([name, *(number(result["iou"][k]) for *_, result in rows)])
+    notes = []
+    for label, *_, result in rows:
+        scored = sum(v is not None for v in result["iou"])
+        if scored < len(classes):
+            notes.append(f"{label}: mean over {scored} of {len(classes)} classes: "
+                         "the others are in neither labels nor predictions")
+    return "\n\n".join([columns(head), *notes, columns(each)])
+
+
+def report(folder, entries, data, base, window, device):
+    """Draw comparison.png and curves.png into `folder`, then print the table of networks.
+
+    entries: label -> (network, its scores on val, its log.csv or None).
+    """
+    folder.mkdir(parents=True, exist_ok=True)  # a teacher that was given has none yet
+    networks = {label: network for label, (network, _, _) in entries.items()}
+    comparison(data, "val", base, window, networks, device).save(folder / "comparison.png")
+    curves = {label: _curve(log) for label, (_, _, log) in entries.items() if log}
+    curves = {label: points for label, points in curves.items() if points}
+    if curves:
+        chart(curves, "step", "val mIoU, %").save(folder / "curves.png")
+
+    image = torch.randn(1, 3, window, window, device=device)
+    rows = []
+    for label, (network, result, _) in entries.items():
+        ms = milliseconds(partial(logits_of, network), image)
+        rows.append((label, count_parameters(network), ms, result))
+    print("\n" + table(rows, data.classes))
+    _report_gains({label: result["miou"] for label, (_, result, _) in entries.items()})
+    print(f"\nrun folder: {folder}; look at comparison.png and curves.png in it")
+
+
+def _curve(log):
+    """[(step, mIoU on val), ...] of a log.csv."""
+    with open(log, newline="") as f:
+        reader = csv.DictReader(f)
+        if "val_miou" not in (reader.fieldnames or ()):
+            raise InputError(f"{log}: has no column val_miou; restore it, or move it away")
+        return [(int(row["step"]), float(row["val_miou"])) for row in reader if row["val_miou"]]
+
+
+def _report_gains(miou):
+    """Print each student's gain over the student alone. miou: label -> mIoU on val."""
+    for label in miou:
+        if label not in ("teacher", "student alone") and "student alone" in miou:
+            gain = miou[label] - miou["student alone"]
+            print(f"\ngain of {label} over student alone: {gain:+.2f} mIoU on val, one seed")
+        if label != "teacher" and miou[label] > miou.get("teacher", 100):
+            print(f"WARNING: {label} is better than its teacher and can learn little from it; "
+                  "train the teacher longer")
 
 
 @torch.no_grad()
@@ -200,6 +438,185 @@ def milliseconds(function, image):
             torch.cuda.synchronize(image.device)
         times.append(1000 * (time.perf_counter() - begin))
     return min(times)
+
+
+# Cosine of a term's gradient with that of cross-entropy, below which the term gets a warning.
+# Over five batches the cosines of unrelated gradients were measured between -0.15 and 0.15.
+PULLS_AGAINST = -0.2
+SMALL_SHARE = 0.05  # a term with less of the gradient than this gets no warning
+
+
+def report_terms(folder, weights):
+    """Print the terms at each measured step of `folder`'s log.csv. weights: term -> weight.
+
+    gradient: norm of the weighted term's gradient in the student's encoder; share: of the sum of
+    these norms; cosine: of the term's gradient with that of cross-entropy.
+    """
+    with open(folder / "log.csv", newline="") as f:
+        for row in csv.DictReader(f):
+            if all(row.get(f"cos_{term}") for term in weights):
+                print("\n" + _terms_at(row, weights))
+
+
+def _terms_at(row, weights):
+    """Table of the terms at one row of log.csv, and a warning for each that pulls back."""
+    value = {column: float(text) for column, text in row.items() if text}
+    gradient = {term: abs(weight) * value[f"grad_{term}"] for term, weight in weights.items()}
+    total = sum(gradient.values()) or 1
+    lines = [[f"terms at step {row['step']}", "raw", "weight", "weighted", "gradient", "share",
+              "cosine with cross-entropy"]]
+    warnings = []
+    for term, weight in weights.items():
+        share, cosine = gradient[term] / total, value[f"cos_{term}"]
+        lines.append([f"  {term}", f"{value[f'raw_{term}']:.4g}", f"{weight:g}",
+                      f"{value[f'weighted_{term}']:.4g}", f"{gradient[term]:.4g}",
+                      f"{share:.0%}", f"{cosine:.2f}"])
+        if cosine < PULLS_AGAINST and share > SMALL_SHARE:
+            warnings.append(f"WARNING: {term} pulls against cross-entropy with {share:.0%} of the "
+                            f"gradient (cosine {cosine:.2f}); give it a smaller weight")
+    return "\n".join([columns(lines), *warnings])
+
+
+# ---------------------------------------------------------------- export
+
+class Deployed(torch.nn.Module):
+    """Pictures (B,3,H,W) uint8 RGB -> logits (B,K,H,W) float32.
+
+    Normalisation is part of it, so that nothing can be fed in another scale.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        logits = self.model(normalise(images)).logits
+        return F.interpolate(logits, images.shape[2:], mode="bilinear")
+
+
+def export(model, classes, path):
+    """Write the network for deployment, in the format of `path`'s ending, with classes.json in it.
+
+    Returns the largest difference between what the file computes and what the network does.
+    Raises InputError for another ending, missing packages, or a file of another origin.
+    """
+    if path.suffix not in EXPORTS:
+        raise InputError(f"--export {path}: give it the ending {' or '.join(EXPORTS)}")
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if path.suffix == ".onnx" and missing:
+        raise InputError(f"--export {path}: pip install {' '.join(missing)} first")
+    refuse_foreign(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"classes.json": json.dumps(classes), "software": SIGNATURE}
+    deployed = Deployed(model).eval()
+    exported = EXPORTS[path.suffix](export_program(deployed), about, path)
+    differences = []
+    for batch, height, width in ((1, 64, 64), (2, 70, 90)):
+        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+        with torch.no_grad():
+            differences.append((exported(images) - deployed(images)).abs().max().item())
+    return max(differences)
+
+
+def export_program(deployed):
+    """The torch.export program of a Deployed network, for any batch, height and width."""
+    anything = torch.export.Dim.DYNAMIC
+    # numbers that stay different in every stage: equal ones would be taken for one unknown
+    example = torch.zeros(2, 3, 160, 192, dtype=torch.uint8)
+    shapes = ({0: anything, 2: anything, 3: anything},)
+    return torch.export.export(deployed, (example,), dynamic_shapes=shapes)
+
+
+def write_pt2(program, about, path):
+    """Write for torch.export.load. Returns what the file computes, as a function."""
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=about)
+    write_atomically(path, content.getvalue())
+    return torch.export.load(path).module()
+
+
+def write_onnx(program, about, path):
+    """Write as ONNX. Returns what the file computes, as a function."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+    converted = torch.onnx.export(program, dynamo=True, verbose=False,
+                                  input_names=["images"], output_names=["logits"])
+    converted.model.metadata_props.update(about)
+    write_atomically(path, converted.model_proto.SerializeToString())
+    evaluator = ReferenceEvaluator(onnx.load(path))
+    return lambda images: torch.from_numpy(evaluator.run(None, {"images": images.numpy()})[0])
+
+
+EXPORTS = {".pt2": write_pt2, ".onnx": write_onnx}
+
+
+# ---------------------------------------------------------------- checkpoints, results, own files
+
+def load_network(path, device="cpu"):
+    """The network of a checkpoint written by train.py, in eval mode, and the checkpoint's dict.
+
+    Raises InputError for files that are not such checkpoints or whose tensors do not fit.
+    """
+    state = load_checkpoint(path, ("module", "name", "classes", "palette", "base", "window",
+                                   "dataset", "step"))
+    name, weights = state["name"], state["module"]
+    if name in VARIANTS:
+        model = Student(name, len(state["classes"]))
+        # the heads serve training alone
+        weights = {k.removeprefix("student."): v for k, v in weights.items()
+                   if not k.startswith("heads.")}
+    elif name in TEACHERS:
+        model = Teacher(name, len(state["classes"]))
+    else:
+        raise InputError(f"{path}: holds a network called {name!r}, "
+                         "which this version does not know")
+    load_strictly(model, weights, path, name,
+                  "it was written by another version or altered: train again")
+    layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format
+    return model.to(device, memory_format=layout).eval(), state
+
+
+# what `compare` has to know of a network beside its scores
+DESCRIPTION = ("label", "method", "seed", "conditions", "options", "classes", "step")
+
+
+def write_scores(folder, split, result, state):
+    """results-SPLIT.json: `scores` and the description in a checkpoint's dict."""
+    content = json.dumps(result | {key: state.get(key) for key in DESCRIPTION}, indent=1)
+    write_atomically(folder / f"results-{split}.json", f"{content}\n".encode())
+
+
+def read_scores(path):
+    """What `write_scores` wrote. Raises InputError where it cannot be read."""
+    needed = {"miou", "iou", "pixel_accuracy", *DESCRIPTION} - {"options", "label"}
+    try:
+        result = json.loads(path.read_text())
+        complete = result.keys() >= needed
+    except (OSError, ValueError, AttributeError):
+        complete = False
+    if not complete:
+        raise InputError(f"{path}: missing or not readable; "
+                         "run evaluate.py on the last.pt beside it")
+    return result
+
+
+# by these words a file says that this program wrote it
+SIGNATURE = "C2VKD evaluate.py"
+
+
+def refuse_foreign(path):
+    """Raises InputError before something is written over a file that this program did not write."""
+    if path.exists() and SIGNATURE.encode() not in path.read_bytes():
+        raise InputError(f"{path}: is there and was not written by this command; "
+                         "move it away or choose another name")
+
+
+def save_picture(picture, path):
+    """Write a PIL picture as a signed PNG."""
+    about, content = PngInfo(), io.BytesIO()
+    about.add_text("Software", SIGNATURE)
+    picture.save(content, "png", pnginfo=about)
+    write_atomically(path, content.getvalue())
 
 
 # ---------------------------------------------------------------- pictures
@@ -329,423 +746,102 @@ def chart(curves, xlabel, ylabel, width=800, height=480):
     return sheet
 
 
-# ---------------------------------------------------------------- tables of one run
+# ---------------------------------------------------------------- the command line
 
-def columns(rows):
-    """Text table of rows of str: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+def _score(args):
+    """--checkpoint FILE alone."""
+    device = _device(args.device)
+    model, state = load_network(args.checkpoint, device)
+    windows, split = _window_options(args, state), args.split or "val"
+    workers = default_workers(device.type == "cuda") if args.workers is None else args.workers
+    data = open_dataset(args.dataset or state["dataset"], args.data or state.get("data"))
+    if data.classes != state["classes"]:
+        raise InputError(f"{args.checkpoint}: trained on {len(state['classes'])} classes that are "
+                         "not those of the data; give its own --data")
+    if not data.pairs.get(split):
+        raise InputError(f"the data has no {split} split; choose another --split")
+    picture = args.pictures and Path(args.pictures) / f"{split}-comparison.png"
+    if picture:
+        refuse_foreign(picture)
+        picture.parent.mkdir(parents=True, exist_ok=True)
 
-
-def number(value, form=".2f"):
-    return "-" if value is None else format(value, form)
-
-
-def table(rows, classes):
-    """Text table of networks, each row (label, parameters, milliseconds or None, scores)."""
-    head = [["", "parameters", "ms an image", "mIoU", "pixel acc."]]
-    for label, count, ms, result in rows:
-        head.append([label, f"{count:,}", number(ms, ".1f"), number(result["miou"]),
-                     number(result["pixel_accuracy"])])
-    each = [["IoU of each class, %", *(label for label, *_ in rows)]]
-    for k, name in enumerate(classes):
-        each.append([name, *(number(result["iou"][k]) for *_, result in rows)])
-    notes = []
-    for label, *_, result in rows:
-        scored = sum(v is not None for v in result["iou"])
-        if scored < len(classes):
-            notes.append(f"{label}: mean over {scored} of {len(classes)} classes: "
-                         "the others are in neither labels nor predictions")
-    return "\n\n".join([columns(head), *notes, columns(each)])
-
-
-def report(folder, entries, data, base, window, device):
-    """Draw comparison.png and curves.png into `folder`, then print the table of networks.
-
-    entries: label -> (network, its scores on val, its log.csv or None).
-    """
-    folder.mkdir(parents=True, exist_ok=True)  # a teacher that was given has none yet
-    networks = {label: network for label, (network, _, _) in entries.items()}
-    comparison(data, "val", base, window, networks, device).save(folder / "comparison.png")
-    curves = {label: _curve(log) for label, (_, _, log) in entries.items() if log}
-    curves = {label: points for label, points in curves.items() if points}
-    if curves:
-        chart(curves, "step", "val mIoU, %").save(folder / "curves.png")
-
-    image = torch.randn(1, 3, window, window, device=device)
-    rows = [(label, count_parameters(network), milliseconds(partial(logits_of, network), image),
-             result) for label, (network, result, _) in entries.items()]
-    print("\n" + table(rows, data.classes))
-    _report_gains({label: result["miou"] for label, (_, result, _) in entries.items()})
-    print(f"\nrun folder: {folder}; look at comparison.png and curves.png in it")
-
-
-def _curve(log):
-    """[(step, mIoU on val), ...] of a log.csv."""
-    with open(log, newline="") as f:
-        reader = csv.DictReader(f)
-        if "val_miou" not in (reader.fieldnames or ()):
-            raise InputError(f"{log}: has no column val_miou; restore it, or move it away")
-        rows = [row for row in reader if row["val_miou"]]
-    return [(int(row["step"]), float(row["val_miou"])) for row in rows]
-
-
-def _report_gains(miou):
-    """Print each student's gain over the student alone. miou: label -> mIoU on val."""
-    for label in miou:
-        if label not in ("teacher", "student alone") and "student alone" in miou:
-            gain = miou[label] - miou["student alone"]
-            print(f"\ngain of {label} over student alone: {gain:+.2f} mIoU on val, one seed")
-        if label != "teacher" and miou[label] > miou.get("teacher", 100):
-            print(f"WARNING: {label} is better than its teacher and can learn little from it; "
-                  "train the teacher longer")
-
-
-# A term is named where its gradient's cosine with cross-entropy's is below this. Over five batches
-# unrelated gradients were measured between -0.15 and 0.15
-PULLS_AGAINST = -0.2
-SMALL_SHARE = 0.05  # and where its share of the gradient is above this
-
-
-def report_terms(folder, weights):
-    """Print the terms at each measured step of `folder`'s log.csv. weights: term -> weight.
-
-    gradient: norm of the weighted term's gradient in the student's encoder; share: of the sum of
-    these norms; cosine: of the term's gradient with that of cross-entropy.
-    """
-    with open(folder / "log.csv", newline="") as f:
-        measured = [row for row in csv.DictReader(f) if any(row.get(f"grad_{n}") for n in weights)]
-    if not any(row.get(f"cos_{n}") for row in measured for n in weights):
-        measured = measured[-1:]  # logs of older versions have many rows without cosines
-    for row in measured:
-        print("\n" + _terms_at(row, weights))
-
-
-def _terms_at(row, weights):
-    """Table of the terms at one row of log.csv, and a warning for each that pulls back."""
-    value = {name: float(text) for name, text in row.items() if text}
-    pull = {n: abs(weight) * value[f"grad_{n}"] for n, weight in weights.items()}
-    share = {n: v / (sum(pull.values()) or 1) for n, v in pull.items()}
-    cosine = {n: value.get(f"cos_{n}") for n in weights}
-    lines = [[f"terms at step {row['step']}", "raw", "weight", "weighted", "gradient", "share",
-              "cosine with cross-entropy"]]
-    for n, weight in weights.items():
-        lines.append([f"  {n}", f"{value[f'raw_{n}']:.4g}", f"{weight:g}",
-                      f"{value[f'weighted_{n}']:.4g}", f"{pull[n]:.4g}", f"{share[n]:.0%}",
-                      number(cosine[n])])
-    text = columns(lines)
-    for n, angle in cosine.items():
-        if angle is not None and angle < PULLS_AGAINST and share[n] > SMALL_SHARE:
-            text += (f"\nWARNING: {n} pulls against cross-entropy with {share[n]:.0%} of the "
-                     f"gradient (cosine {angle:.2f}); give it a smaller weight")
-    return text
-
-
-# ---------------------------------------------------------------- checkpoints and results
-
-def load_network(path, device="cpu"):
-    """The network of a checkpoint written by train.py, in eval mode, and the checkpoint's dict.
-
-    Raises InputError for files that are not such checkpoints or whose tensors do not fit.
-    """
-    state = load_checkpoint(path, ("module", "name", "classes", "palette", "base", "window",
-                                   "dataset", "step"))
-    name, weights = state["name"], state["module"]
-    if name in VARIANTS:
-        model = Student(name, len(state["classes"]))
-        # the heads serve training alone
-        weights = {k.removeprefix("student."): v for k, v in weights.items()
-                   if not k.startswith("heads.")}
-    elif name in TEACHERS:
-        model = Teacher(name, len(state["classes"]))
+    matrix = evaluate(model, data, split, state["base"], device=device, workers=workers, **windows)
+    result = scores(matrix.cpu())
+    print(table([(state["name"], count_parameters(model), None, result)], data.classes))
+    if why := _why_not_kept(args, state, data, split, windows):
+        print(f"not kept for --compare: {why}")
     else:
-        raise InputError(f"{path}: holds a network called {name!r}, "
-                         "which this version does not know")
-    load_strictly(model, weights, path, name,
-                  "it was written by another version or altered: train again")
-    layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format
-    return model.to(device, memory_format=layout).eval(), state
+        # The digest of all labels leaves out a split called test.
+        scored = replace(data, pairs={"val": data.pairs[split]})
+        result["labels"] = scan_labels(scored).digest
+        write_scores(Path(args.checkpoint).parent, split, result, state)
+    if picture:
+        networks = {state["name"]: model}
+        sheet = comparison(data, split, state["base"], state["window"], networks, device, images=8)
+        save_picture(sheet, picture)
+        print(f"pictures: {picture}")
 
 
-def write_json(path, value):
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+def _why_not_kept(args, state, data, split, windows):
+    """Why a score cannot stand beside those of other runs in `compare`. Empty if it can."""
+    own = data_folder(state["dataset"], state.get("data"))
+    scored = data_folder(data.name, args.data or state.get("data"))
+    if data.name != state["dataset"] or scored.resolve() != own.resolve():
+        return "other data than the run's own"
+    if windows["window"] != state["window"] or args.stride:
+        return "another window or --stride than in training"
+    if Path(args.checkpoint).name != "last.pt":
+        return "the file is not the last.pt of its folder"
+    trained = state.get("stage", {}).get("labels")
+    if trained and split != "test" and scan_labels(data).digest != trained:
+        return "the labels have changed since training"
+    return ""
 
 
-# what `compare` has to know of a network beside its scores
-DESCRIPTION = ("label", "method", "seed", "conditions", "options", "classes", "step")
+def _label_pictures(args):
+    """--image: overlays or masks of pictures and folders of pictures, without labels."""
+    device = _device(args.device)
+    model, state = load_network(args.checkpoint, device)
+    windows = _window_options(args, state)
+    files = _pictures_of(args.image)
+    out, kind = Path(args.pictures or "pictures"), "mask" if args.masks else "overlay"
+    if out.resolve() in {path.resolve().parent for path in files}:
+        raise InputError(f"{out}: holds the pictures themselves; give another --pictures")
+    targets = {path: out / f"{path.stem}-{kind}.png" for path in files}
+    if len(set(targets.values())) < len(files):
+        raise InputError("two of the --image files have one name but for folder or ending, "
+                         "and would have one picture; give them one at a time")
+    for target in targets.values():
+        refuse_foreign(target)
+    out.mkdir(parents=True, exist_ok=True)
+    for path, target in progress(targets.items(), desc=f"{kind}s to {out}", unit="images"):
+        image = read_image(path)
+        small = np.array(resize_short_side(image, state["base"]))
+        small = torch.from_numpy(small).permute(2, 0, 1).to(device)
+        prediction = predict(model, small, image.size[::-1], **windows).cpu()
+        if args.masks:
+            picture = Image.fromarray(prediction.numpy().astype(np.uint8))
+        else:
+            picture = overlay(image, prediction, state["classes"], state["palette"])
+        save_picture(picture, target)
+    print(f"{len(files)} pictures, {files[0].name} to {files[-1].name}: their {kind}s are in {out}")
 
 
-def write_scores(folder, split, result, state):
-    """results-SPLIT.json: `scores` and the description in a checkpoint's dict."""
-    write_json(folder / f"results-{split}.json", result | {k: state.get(k) for k in DESCRIPTION})
+def _pictures_of(places):
+    """The picture files that --image names, those of its folders among them."""
+    files = []
+    for place in map(Path, places):
+        files += pictures(place) if place.is_dir() else [place]
+    if not files:
+        raise InputError(f"{places[0]}: no picture in it; give another --image")
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give another --image")
+    return files
 
-
-def read_scores(path):
-    """What `write_scores` wrote. Raises InputError where it cannot be read."""
-    try:
-        result = json.loads(path.read_text())
-        numbers = isinstance(result["miou"], (int, float))
-        described = isinstance(result["conditions"], (dict, type(None)))
-        needed = {"iou", "pixel_accuracy", *DESCRIPTION} - {"options", "label"}
-        complete = numbers and described and result.keys() >= needed
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        complete = False
-    if not complete:
-        raise InputError(f"{path}: missing or not readable; "
-                         "run evaluate.py on the last.pt beside it")
-    return result
-
-
-# ---------------------------------------------------------------- comparison of runs
-
-def compare(folder, split, against=()):
-    """Text on all runs below `folder`, a part for each teacher.
-
-    mIoU, mean and deviation; gain over `ce`, paired by seed, and its 95% interval; for each name
-    in `against` the other methods' gains beside its own; IoU of each class.
-    Raises InputError as `read_runs` does, and for a name in `against` without a gain.
-    """
-    groups = read_runs(folder, split)
-    gains = [gains_over_ce(runs) for _, runs in groups]
-    known = sorted({name for gain in gains for name in gain})
-    for name in against:
-        if name not in known:
-            raise InputError(f"--against {name}: no gain of that name below {folder}; "
-                             f"there are {', '.join(known) or 'none'}")
-    teachers = _differences([teacher for teacher, _ in groups])
-    parts = []
-    for teacher, (_, runs), gain in zip(teachers, groups, gains):
-        results = [result for seeds in runs.values() for result in seeds.values()]
-        parts.append(f"{folder}: {split}, {results[0]['step']} steps{teacher}\n"
-                     + _overview(runs, gain))
-        parts += [_against(gain, name) for name in against if name in gain]
-        parts.append(_each_class(runs, results[0]["classes"]))
-    return "\n\n".join(parts)
-
-
-def read_runs(folder, split):
-    """Results of all students below `folder`, a group for each teacher.
-
-    [(the teacher's identity or None, label or method -> seed -> result), ...], with `ce` in all.
-    Raises InputError where two runs differ in a condition that both have, where runs of one name
-    differ in method or options, and where a result cannot be read.
-    """
-    alone, groups, seen = {}, {}, {}
-    for path in sorted(Path(folder).rglob(f"results-{split}.json")):
-        result = read_scores(path)
-        if result["method"] in (None, "teacher"):
-            continue
-        name = result.get("label") or result["method"]
-        teacher = json.dumps(result["conditions"].get("teacher_identity"), sort_keys=True)
-        _refuse_mixed(seen, result, name, teacher, path)
-        group = alone if result["method"] == "ce" else groups.setdefault(teacher, {})
-        seeds = group.setdefault(name, {})
-        if result["seed"] in seeds:
-            raise InputError(f"{path}: a second run of {name}, seed {result['seed']}; keep one")
-        seeds[result["seed"]] = result
-    if not seen:
-        raise InputError(f"{folder}: no results-{split}.json of a student below it; "
-                         f"run train.py, or evaluate.py --split {split}")
-    groups = groups or {"null": {}}
-    return [(json.loads(teacher), alone | runs) for teacher, runs in groups.items()]
-
-
-def _refuse_mixed(seen, result, name, teacher, path):
-    """Raises InputError where a result differs from those in `seen`: condition -> (value, path)."""
-    conditions = {key: value for key, value in result["conditions"].items()
-                  if key != "teacher_identity"}
-    if "labels" in result:  # of the split, where evaluate.py scored it
-        conditions["labels that were scored"] = result["labels"]
-    conditions |= {"step": result["step"], "names of the classes": result["classes"],
-                   f"method of {name}": result["method"]}
-    # the same name may have other weights under another teacher
-    options = {(f"{key} of {name}", teacher): value
-               for key, value in (result.get("options") or {}).items()}
-    differing = [key for key, value in (conditions | options).items()
-                 if seen.setdefault(key, (value, path))[0] != value]
-    if differing:
-        names = [key[0] if isinstance(key, tuple) else key for key in differing]
-        raise InputError(f"{path}: differs from {seen[differing[0]][1]} in {', '.join(names)}; "
-                         "compare runs of the same conditions, "
-                         "and give those of other options another --name")
-
-
-def _differences(teachers):
-    """For each teacher's identity a text on what tells it from the others."""
-    known = [teacher or {} for teacher in teachers]
-    keys = dict.fromkeys(key for teacher in known for key in teacher)
-    telling = [key for key in keys if any(t.get(key) != known[0].get(key) for t in known)]
-    texts = [", ".join(f"{key} {teacher.get(key)}" for key in telling) for teacher in known]
-    return [f", teacher: {text}" if text else "" for text in texts]
-
-
-def gains_over_ce(runs):
-    """name -> seed -> points of mIoU over `ce` on the same seed. runs: name -> seed -> result."""
-    alone, gains = runs.get("ce", {}), {}
-    for name, seeds in runs.items():
-        gain = {seed: result["miou"] - alone[seed]["miou"]
-                for seed, result in seeds.items() if seed in alone}
-        if gain and name != "ce":
-            gains[name] = gain
-    return gains
-
-
-# two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-       2.145)
-
-
-def interval(values):
-    """(low, high): Student's 95% interval of the mean of two or more values."""
-    quantile = T95[min(len(values) - 2, len(T95) - 1)]
-    half = quantile * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values) - half, statistics.mean(values) + half
-
-
-def _signed(values):
-    """Mean and interval of a list of numbers, each as text."""
-    if not values:
-        return "-", "-"
-    if len(values) == 1:
-        return f"{values[0]:+.2f}", "(one seed)"
-    low, high = interval(values)
-    return f"{statistics.mean(values):+.2f}", f"[{low:+.2f}, {high:+.2f}]"
-
-
-def _overview(runs, gains):
-    rows = [["method", "seeds", "mIoU", "std", "gain over ce", "95% interval"]]
-    for name, seeds in runs.items():
-        values = [result["miou"] for result in seeds.values()]
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        rows.append([name, str(len(values)), number(statistics.mean(values)), number(deviation),
-                     *_signed(list(gains.get(name, {}).values()))])
-    return columns(rows)
-
-
-def _against(gains, other):
-    """Table of the gains beside that of `other`, paired by seed."""
-    rows = [[f"against {other}", "seeds", f"gain - 2 gain({other})", "95% interval",
-             f"gain - gain({other})", "95% interval"]]
-    for name, gain in gains.items():
-        seeds = [seed for seed in gain if seed in gains[other]]
-        if name != other:
-            twice = [gain[seed] - 2 * gains[other][seed] for seed in seeds]
-            once = [gain[seed] - gains[other][seed] for seed in seeds]
-            rows.append([name, str(len(seeds)), *_signed(twice), *_signed(once)])
-    return columns(rows)
-
-
-def _each_class(runs, classes):
-    rows = [["IoU of each class, %", *runs]]
-    for k, name in enumerate(classes):
-        cells = []
-        for seeds in runs.values():
-            found = [r["iou"][k] for r in seeds.values() if r["iou"][k] is not None]
-            cells.append(number(statistics.mean(found) if found else None))
-        rows.append([name, *cells])
-    return columns(rows)
-
-
-# ---------------------------------------------------------------- files for others
-
-def signature(kind):
-    """The words by which a file says that this program wrote it, and as what."""
-    return f"C2VKD evaluate.py, {kind}"
-
-
-def refuse_foreign(path, kind):
-    """Raises InputError before something is written over a file that is no former `kind`."""
-    if path.exists() and signature(kind).encode() not in path.read_bytes():
-        raise InputError(f"{path}: is there and was not written by this command; "
-                         "move it away or choose another name")
-
-
-def save_picture(picture, path, kind):
-    """Write a PIL picture as a signed PNG."""
-    about, content = PngInfo(), io.BytesIO()
-    about.add_text("Software", signature(kind))
-    picture.save(content, "png", pnginfo=about)
-    write_atomically(path, content.getvalue())
-
-
-class Deployed(torch.nn.Module):
-    """Pictures (B,3,H,W) uint8 RGB -> logits (B,K,H,W) float32.
-
-    Normalisation is part of it, so that nothing can be fed in another scale.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        logits = self.model(normalise(images)).logits
-        return F.interpolate(logits, images.shape[2:], mode="bilinear")
-
-
-def export_program(deployed):
-    """The torch.export program of a Deployed network, for any batch, height and width."""
-    anything = torch.export.Dim.DYNAMIC
-    # numbers that stay different in every stage: equal ones would be taken for one unknown
-    example = torch.zeros(2, 3, 160, 192, dtype=torch.uint8)
-    shapes = ({0: anything, 2: anything, 3: anything},)
-    return torch.export.export(deployed, (example,), dynamic_shapes=shapes)
-
-
-def write_pt2(program, about, path):
-    """Write for torch.export.load. Returns what the file computes, as a function."""
-    content = io.BytesIO()
-    torch.export.save(program, content, extra_files=about)
-    write_atomically(path, content.getvalue())
-    return torch.export.load(path).module()
-
-
-def write_onnx(program, about, path):
-    """Write as ONNX. Returns what the file computes, as a function."""
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-    converted = torch.onnx.export(program, dynamo=True, verbose=False,
-                                  input_names=["images"], output_names=["logits"])
-    converted.model.metadata_props.update(about)
-    write_atomically(path, converted.model_proto.SerializeToString())
-    evaluator = ReferenceEvaluator(onnx.load(path))
-    return lambda images: torch.from_numpy(evaluator.run(None, {"images": images.numpy()})[0])
-
-
-EXPORTS = {".pt2": write_pt2, ".onnx": write_onnx}
-
-
-def export(model, classes, path):
-    """Write the network for deployment, in the format of `path`'s ending, with classes.json in it.
-
-    Returns the largest difference between what the file computes and what the network does.
-    Raises InputError for another ending, missing packages, or a file of another origin.
-    """
-    if path.suffix not in EXPORTS:
-        raise InputError(f"--export {path}: give it the ending {' or '.join(EXPORTS)}")
-    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
-    if path.suffix == ".onnx" and missing:
-        raise InputError(f"--export {path}: pip install {' '.join(missing)} first")
-    refuse_foreign(path, path.suffix)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"classes.json": json.dumps(classes), "software": signature(path.suffix)}
-    deployed = Deployed(model).eval()
-    exported = EXPORTS[path.suffix](export_program(deployed), about, path)
-    differences = []
-    for batch, height, width in ((1, 64, 64), (2, 70, 90)):
-        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
-        with torch.no_grad():
-            differences.append((exported(images) - deployed(images)).abs().max().item())
-    return max(differences)
-
-
-# ---------------------------------------------------------------- commands
 
 def _export(args):
+    """--export"""
     path = Path(args.export)
     model, state = load_network(args.checkpoint)
     difference = export(model, state["classes"], path)
@@ -758,117 +854,17 @@ def _export(args):
     print(f"give it uint8 RGB pictures whose short side is near {side} pixels, as in training")
 
 
-def _protocol(args, state):
+def _compare(args):
+    """--compare"""
+    print(compare(args.compare, args.split or "val", args.against or ()))
+
+
+def _window_options(args, state):
     """How windows slide, as keyword arguments of `predict` and `evaluate`."""
     if args.whole and (args.window or args.stride):
         raise InputError("--whole: takes no windows; leave out --window and --stride")
     window = None if args.whole else args.window or state["window"]
-    return dict(window=window, stride=args.stride, flip=args.flip, batch=args.batch_size or 8)
-
-
-def _label_pictures(args):
-    """Overlays or masks of pictures and folders of pictures, none of which need a label."""
-    device = _device(args.device)
-    model, state = load_network(args.checkpoint, device)
-    protocol = _protocol(args, state)
-    files = _pictures(args.image)
-    out, kind = Path(args.pictures or "pictures"), "mask" if args.masks else "overlay"
-    if out.resolve() in {path.resolve().parent for path in files}:
-        raise InputError(f"{out}: holds the pictures themselves; give another --pictures")
-    targets = {path: out / f"{path.stem}-{kind}.png" for path in files}
-    if len(set(targets.values())) < len(files):
-        raise InputError("two of the --image files have one name but for folder or ending, "
-                         "and would have one picture; give them one at a time")
-    for target in targets.values():
-        refuse_foreign(target, kind)
-    out.mkdir(parents=True, exist_ok=True)
-    for path, target in progress(targets.items(), desc=f"{kind}s to {out}", unit="images"):
-        image = read_image(path)
-        small = np.array(resize_short_side(image, state["base"]))
-        small = torch.from_numpy(small).permute(2, 0, 1).to(device)
-        prediction = predict(model, small, image.size[::-1], **protocol).cpu()
-        if args.masks:
-            picture = Image.fromarray(prediction.numpy().astype(np.uint8))
-        else:
-            picture = overlay(image, prediction, state["classes"], state["palette"])
-        save_picture(picture, target, kind)
-    print(f"{len(files)} pictures, {files[0].name} to {files[-1].name}: their {kind}s are in {out}")
-
-
-def _pictures(items):
-    """The picture files that --image names. Says what it leaves out of folders."""
-    files = []
-    for item in map(Path, items):
-        if not item.is_dir():
-            files.append(item)
-            continue
-        files += pictures(item)
-    if not files:
-        raise InputError(f"{items[0]}: no picture in it; give another --image")
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; give another --image")
-    return files
-
-
-def _evaluate_checkpoint(args):
-    device = _device(args.device)
-    model, state = load_network(args.checkpoint, device)
-    protocol, split = _protocol(args, state), args.split or "val"
-    workers = default_workers(device.type == "cuda") if args.workers is None else args.workers
-    data = open_dataset(args.dataset or state["dataset"], args.data or state.get("data"))
-    if data.classes != state["classes"]:
-        raise InputError(f"{args.checkpoint}: trained on {len(state['classes'])} classes that are "
-                         "not those of the data; give its own --data")
-    if not data.pairs.get(split):
-        raise InputError(f"the data has no {split} split; choose another --split")
-    picture = args.pictures and Path(args.pictures) / f"{split}-comparison.png"
-    if picture:
-        refuse_foreign(picture, "comparison")
-        picture.parent.mkdir(parents=True, exist_ok=True)
-
-    matrix = evaluate(model, data, split, state["base"], device=device, workers=workers, **protocol)
-    result = scores(matrix.cpu())
-    not_kept = _not_standard(args, state, data, split, protocol)
-    try:
-        if not not_kept:
-            labels = _digest_of_labels(data, split)
-            write_scores(Path(args.checkpoint).parent, split, result | {"labels": labels}, state)
-    finally:  # a score that could not be written is not lost
-        print(table([(state["name"], count_parameters(model), None, result)], data.classes))
-    if not_kept:
-        print(f"not kept for --compare: {not_kept}")
-    if picture:
-        networks = {state["name"]: model}
-        sheet = comparison(data, split, state["base"], state["window"], networks, device, images=8)
-        save_picture(sheet, picture, "comparison")
-        print(f"pictures: {picture}")
-
-
-def _not_standard(args, state, data, split, protocol):
-    """Why a score is not the run's own as `compare` assumes it. Empty if it is."""
-    trained_on, scored_on = (os.path.abspath(data_folder(data.name, root))
-                             for root in (state.get("data"), args.data or state.get("data")))
-    if data.name != state["dataset"] or trained_on != scored_on:
-        return "other data than the run's own"
-    if protocol["window"] != state["window"] or args.stride or args.flip:
-        return "another window, --stride or --flip than in training"
-    if Path(args.checkpoint).name != "last.pt":
-        return "the file is not the last.pt of its folder"
-    trained = state.get("stage", {}).get("labels")
-    if trained and split != "test" and scan_labels(data).digest != trained:
-        return "the labels have changed since training"
-    return ""
-
-
-def _digest_of_labels(data, split):
-    """Digest of the labels of one split, by which `compare` knows that all runs saw the same."""
-    return scan_labels(replace(data, pairs={"val": data.pairs[split]})).digest
-
-
-def _compare(args):
-    texts = [compare(folder, args.split or "val", args.against or ()) for folder in args.compare]
-    print("\n\n\n".join(texts))
+    return dict(window=window, stride=args.stride, batch=args.batch_size or 8)
 
 
 def _device(name):
@@ -883,14 +879,25 @@ def _device(name):
     return device
 
 
-WINDOWS = {"window", "stride", "whole", "flip", "batch_size", "device"}
-# what can be done, and the options that it reads: the first one given decides
+def default_workers(gpus):
+    """Loader processes of one of `gpus` processes: its share of the cores, at most 16.
+
+    0 without a GPU, where the network itself keeps the cores busy.
+    """
+    # the cores that this process may use, where the system tells: torch warns above their number
+    usable = getattr(os, "sched_getaffinity", None)
+    cores = len(usable(0)) if usable else os.cpu_count()
+    processes = max(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(16, cores // processes) if gpus else 0
+
+
+PREDICTION = {"window", "stride", "whole", "batch_size", "device"}
+# What can be done, and the options that each reads. The first one given decides.
 ACTIONS = {
     "compare": (_compare, {"against", "split"}),
     "export": (_export, {"checkpoint"}),
-    "image": (_label_pictures, {"checkpoint", "masks", "pictures"} | WINDOWS),
-    "checkpoint": (_evaluate_checkpoint,
-                   {"dataset", "data", "split", "pictures", "workers"} | WINDOWS),
+    "image": (_label_pictures, {"checkpoint", "masks", "pictures"} | PREDICTION),
+    "checkpoint": (_score, {"dataset", "data", "split", "pictures", "workers"} | PREDICTION),
 }
 
 
@@ -920,8 +927,7 @@ def main():
     add("--masks", action="store_true", help="masks of class indices instead of overlays")
     add("--export", metavar="FILE",
         help="write the bare network instead: .pt2 (torch.export) or .onnx")
-    add("--compare", nargs="+", metavar="DIR",
-        help="gains of the runs below each (no checkpoint needed)")
+    add("--compare", metavar="DIR", help="gains of the runs below it (no checkpoint needed)")
     add("--against", nargs="+", metavar="NAME", help="the gains beside those of these runs, too")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, help="default: the checkpoint's")
@@ -933,7 +939,6 @@ def main():
     add("--stride", type=at_least(1), metavar="PIXELS",
         help="its step; default: 2/3 of the window")
     add("--whole", action="store_true", help="whole images instead of windows")
-    add("--flip", action="store_true", help="average with the mirror image")
     add("--batch-size", type=at_least(1), metavar="N", help="windows at a time (default 8)")
     add("--workers", type=at_least(0), metavar="N", help="processes that decode images "
         "(default: the cores, at most 16, with a GPU, else 0)")
