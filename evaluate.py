@@ -106,12 +106,13 @@ def evaluate(model, data, split, base, window, device, stride=None, batch=8, ima
 def predict(model, image, size, window=None, stride=None, batch=8):
     """Class map (H,W) int64 at `size` of one uint8 image (3,h,w).
 
-    The window slides over the image in steps of at most `stride` (default: two thirds of it),
-    `batch` windows at a time. Logits are averaged where windows overlap, then resized bilinearly.
-    window=None: the whole image at once.
-    Images smaller than the window are padded with the mean colour.
+    A square of `window` pixels a side slides over the image in steps of at most `stride` pixels,
+    by default two thirds of it. Logits are averaged where windows overlap, then resized
+    bilinearly to `size`. window=None: one window, as large as the image.
+    Images smaller than the window are padded with the mean colour. batch: windows at a time.
     """
     h, w = image.shape[1:]
+    # networks halve an image up to five times
     height, width = (window, window) if window else (max(h, 32), max(w, 32))
     image = normalise(image[None])[0]  # the mean colour is 0 now
     image = F.pad(image, (0, max(0, width - w), 0, max(0, height - h)))
@@ -123,19 +124,19 @@ def _slide(model, image, height, width, stride, batch):
     """Logits (K,H,W) of a normalised image (3,H,W) from windows of height x width."""
     # differs: the paper's windows have 512 pixels and an overlap that is not stated. The release
     # scores one centre crop of a resized image with resized labels. Here windows overlap by a
-    # third and are scored at the labels' own size.
+    # third, and predictions are scored at the labels' own size.
     tops = _window_starts(image.shape[1], height, stride)
     lefts = _window_starts(image.shape[2], width, stride)
     corners = list(itertools.product(tops, lefts))
     crops = torch.stack([image[:, y:y + height, x:x + width] for y, x in corners])
     logits = torch.cat([logits_of(model, some) for some in crops.split(batch)])  # windows,K,h,w
     total = logits.new_zeros(logits.shape[1], *image.shape[1:])
-    windows = logits.new_zeros(image.shape[1:])  # how many cover each pixel
+    cover = logits.new_zeros(image.shape[1:])  # how many windows cover each pixel
     for (y, x), part in zip(corners, logits):
         part = F.interpolate(part[None], (height, width), mode="bilinear")[0]
         total[:, y:y + height, x:x + width] += part
-        windows[y:y + height, x:x + width] += 1
-    return total / windows
+        cover[y:y + height, x:x + width] += 1
+    return total / cover
 
 
 def _window_starts(side, window, stride):
@@ -145,7 +146,7 @@ def _window_starts(side, window, stride):
 
 
 def logits_of(model, images):
-    """Logits (B,K,h,w) float32 of normalised images (B,3,H,W); bf16 and channels last on a GPU."""
+    """Logits (B,K,h,w) float32 of normalised images (B,3,H,W). A GPU computes them in bf16."""
     if images.is_cuda:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
@@ -157,8 +158,8 @@ def class_map(logits, size):
 
     Ties go to the lower class.
     """
-    # All classes of a large picture at its size are gigabytes. So a few classes are resized at a
-    # time: as many as fit in 32 MB, at most 16.
+    # Logits of all classes at the size of a large picture are gigabytes. So a few classes are
+    # resized at a time, as many as fit in 32 MB and at most 16.
     group = max(1, min(16, 2 ** 23 // math.prod(size)))
     best = torch.full(size, -torch.inf, device=logits.device)
     classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
@@ -175,8 +176,8 @@ def class_map(logits, size):
 def compare(folder, split, against=()):
     """Text on all runs below `folder`, a part for each teacher.
 
-    mIoU, mean and deviation; gain over `ce`, paired by seed, and its 95% interval; for each name
-    in `against` the other methods' gains beside its own; IoU of each class.
+    A part has a table of mIoU and of gains over `ce`, paired by seed. For each name in `against`
+    a table sets the other gains beside its own. The last table has the IoU of each class.
     Raises InputError as `read_runs` does, and for a name in `against` without a gain.
     """
     groups = read_runs(folder, split)
@@ -226,7 +227,7 @@ def _mean_and_interval(gains):
 
 
 def _overview(runs, gains):
-    """Table of the runs' mIoU and gains."""
+    """Table of each method's mIoU and gain, with the mean over its seeds."""
     rows = [["method", "seeds", "mIoU", "std", "gain over ce", "95% interval"]]
     for name, seeds in runs.items():
         values = [result["miou"] for result in seeds.values()]
@@ -240,7 +241,8 @@ def _overview(runs, gains):
 def _against(gains, other):
     """Table of the gains beside that of `other`, paired by seed.
 
-    Twice the other's gain is taken off, too, because the paper claims more than twice the gain.
+    The paper claims more than twice the gain of other methods. So twice the gain of `other` is
+    subtracted, too.
     """
     rows = [[f"against {other}", "seeds", f"gain - 2 gain({other})", "95% interval",
              f"gain - gain({other})", "95% interval"]]
@@ -293,7 +295,7 @@ def read_runs(folder, split):
 
 
 def _conditions(result):
-    """What all runs of a comparison share, as far as they have it. Their teachers may differ."""
+    """What must agree in all runs of a comparison. Their teachers may differ."""
     conditions = result["conditions"] | {"step": result["step"],
                                          "names of the classes": result["classes"]}
     conditions.pop("teacher_identity", None)
@@ -320,7 +322,7 @@ def _name(result):
 
 
 def _options(result):
-    """What all runs of one name and one teacher share."""
+    """What must agree in all runs of one name and one teacher."""
     own = {"method": result["method"]} | (result.get("options") or {})
     return {f"{key} of {_name(result)}": value for key, value in own.items()}
 
@@ -342,7 +344,7 @@ def _refuse_differences(results):
 
 
 def _what_differs(teachers):
-    """For each teacher's identity a text on what tells it from the others."""
+    """For each teacher's identity a text on what tells it from the others, empty for one alone."""
     known = [teacher or {} for teacher in teachers]
     keys = dict.fromkeys(key for teacher in known for key in teacher)
     telling = [key for key in keys if any(t.get(key) != known[0].get(key) for t in known)]
@@ -449,8 +451,9 @@ SMALL_SHARE = 0.05  # a term with less of the gradient than this gets no warning
 def report_terms(folder, weights):
     """Print the terms at each measured step of `folder`'s log.csv. weights: term -> weight.
 
-    gradient: norm of the weighted term's gradient in the student's encoder; share: of the sum of
-    these norms; cosine: of the term's gradient with that of cross-entropy.
+    gradient: norm of the weighted term's gradient in the student's encoder.
+    share: its part of the sum of these norms.
+    cosine: between the term's gradient and that of cross-entropy.
     """
     with open(folder / "log.csv", newline="") as f:
         for row in csv.DictReader(f):
@@ -459,7 +462,7 @@ def report_terms(folder, weights):
 
 
 def _terms_at(row, weights):
-    """Table of the terms at one row of log.csv, and a warning for each that pulls back."""
+    """Table of the terms at one row of log.csv, and a warning for each that pulls against ce."""
     value = {column: float(text) for column, text in row.items() if text}
     gradient = {term: abs(weight) * value[f"grad_{term}"] for term, weight in weights.items()}
     total = sum(gradient.values()) or 1
@@ -521,7 +524,8 @@ def export(model, classes, path):
 def export_program(deployed):
     """The torch.export program of a Deployed network, for any batch, height and width."""
     anything = torch.export.Dim.DYNAMIC
-    # numbers that stay different in every stage: equal ones would be taken for one unknown
+    # Height and width differ at every scale of the network. Equal numbers would be taken for one
+    # unknown.
     example = torch.zeros(2, 3, 160, 192, dtype=torch.uint8)
     shapes = ({0: anything, 2: anything, 3: anything},)
     return torch.export.export(deployed, (example,), dynamic_shapes=shapes)
@@ -576,7 +580,7 @@ def load_network(path, device="cpu"):
     return model.to(device, memory_format=layout).eval(), state
 
 
-# what `compare` has to know of a network beside its scores
+# What `compare` has to know of a network beside its scores.
 DESCRIPTION = ("label", "method", "seed", "conditions", "options", "classes", "step")
 
 
@@ -600,7 +604,7 @@ def read_scores(path):
     return result
 
 
-# by these words a file says that this program wrote it
+# The words by which a file says that this program wrote it.
 SIGNATURE = "C2VKD evaluate.py"
 
 
@@ -621,7 +625,7 @@ def save_picture(picture, path):
 
 # ---------------------------------------------------------------- pictures
 
-# one colour a method in all figures, told apart by the colour-blind too
+# A method has one colour in all figures. The colour-blind can tell these apart, too.
 COLOURS = {"teacher": "black", "alone": "#0072b2", "ce": "#0072b2", "c2vkd": "#d55e00",
            "fitnet": "#009e73", "dist": "#cc79a7", "kd": "#e69f00", "dkd": "#56b4e9"}
 SPARE = ("#7f7f7f", "#8c564b", "#9467bd", "#bcbd22", "#17becf")
@@ -649,12 +653,12 @@ def legend(present, classes, palette, width):
     present = sorted(present)
     colours = paint(torch.tensor([present]), palette)
     step = 3 * size + max(round(font.getlength(names[k])) for k in present)
-    columns = max(1, width // step)
-    rows = math.ceil(len(present) / columns)
+    per_row = max(1, width // step)
+    rows = math.ceil(len(present) / per_row)
     sheet = Image.new("RGB", (width, 2 * size * rows), "white")
     draw = ImageDraw.Draw(sheet)
     for i, k in enumerate(present):
-        row, column = divmod(i, columns)
+        row, column = divmod(i, per_row)
         x, y = column * step, row * 2 * size + size // 2
         draw.rectangle((x, y, x + size, y + size), fill=colours.getpixel((i, 0)), outline="grey")
         draw.text((x + 3 * size // 2, y + size // 2), names[k], "black", font, anchor="lm")
@@ -668,9 +672,10 @@ def overlay(image, prediction, classes, palette):
 
 
 def comparison(data, split, base, window, models, device, images=3):
-    """Picture to project: a row for each of `images` images spread over the split, and a legend.
+    """Picture (PIL) of predictions beside labels, large enough to be shown to an audience.
 
-    Columns: image, label, and one for each of `models`: name -> network in eval mode, or None.
+    It has a row for each of `images` images spread over the split, and a legend. The columns are
+    image, label, and one for each network. models: name -> network in eval mode, or None.
     """
     models = {name: model for name, model in models.items() if model is not None}
     rows, present = [], set()
@@ -696,19 +701,11 @@ def _title(name, width):
     return sheet
 
 
-def _tiles(pictures, width):
-    """Pictures beside each other, as wide as `width` and as high as the first one needs."""
-    size = width, round(width * pictures[0].height / pictures[0].width)
-    tiles = [p.resize(size, Image.Resampling.NEAREST) for p in pictures]
+def _tiles(row, width):
+    """Pictures beside each other, each `width` wide and as high as the first one needs."""
+    size = width, round(width * row[0].height / row[0].width)
+    tiles = [picture.resize(size, Image.Resampling.NEAREST) for picture in row]
     return np.hstack([ImageOps.expand(tile, 3, "white") for tile in tiles])
-
-
-def _ticks(low, high):
-    """Three to six round numbers at equal distances that enclose low..high."""
-    high = high if high > low else low + 1
-    power = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 4)
-    return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def chart(curves, xlabel, ylabel, width=800, height=480):
@@ -734,22 +731,31 @@ def chart(curves, xlabel, ylabel, width=800, height=480):
         text((left - 8, down(y)), f"{y:g}", anchor="rm")
     text((right, height - 6), xlabel, anchor="rd")
     text((8, top - 12), ylabel, anchor="ld")
-    x = left
+
+    key = left  # where the next name in the line above the chart begins
     for (name, curve), colour in zip(curves.items(), colours_of(curves)):
-        corners = [(across(u), down(v)) for u, v in curve]
-        draw.line(corners, fill=colour, width=3)
-        for u, v in corners:
-            draw.ellipse((u - 5, v - 5, u + 5, v + 5), fill=colour)
-        draw.line((x, 18, x + 24, 18), fill=colour, width=5)
-        text((x + 32, 18), name, anchor="lm")
-        x += 60 + FONT.getlength(name)
+        dots = [(across(x), down(y)) for x, y in curve]
+        draw.line(dots, fill=colour, width=3)
+        for x, y in dots:
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour)
+        draw.line((key, 18, key + 24, 18), fill=colour, width=5)
+        text((key + 32, 18), name, anchor="lm")
+        key += 60 + FONT.getlength(name)
     return sheet
+
+
+def _ticks(low, high):
+    """Three to six round numbers at equal distances that enclose low..high."""
+    high = high if high > low else low + 1
+    power = 10 ** math.floor(math.log10((high - low) / 4))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 4)
+    return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 # ---------------------------------------------------------------- the command line
 
 def _score(args):
-    """--checkpoint FILE alone."""
+    """What --checkpoint does alone: print the scores on a split, and keep them for --compare."""
     device = _device(args.device)
     model, state = load_network(args.checkpoint, device)
     windows, split = _window_options(args, state), args.split or "val"
@@ -799,7 +805,7 @@ def _why_not_kept(args, state, data, split, windows):
 
 
 def _label_pictures(args):
-    """--image: overlays or masks of pictures and folders of pictures, without labels."""
+    """What --image does: overlays or masks of pictures, which need no labels."""
     device = _device(args.device)
     model, state = load_network(args.checkpoint, device)
     windows = _window_options(args, state)
@@ -841,7 +847,7 @@ def _pictures_of(places):
 
 
 def _export(args):
-    """--export"""
+    """What --export does."""
     path = Path(args.export)
     model, state = load_network(args.checkpoint)
     difference = export(model, state["classes"], path)
@@ -855,7 +861,7 @@ def _export(args):
 
 
 def _compare(args):
-    """--compare"""
+    """What --compare does."""
     print(compare(args.compare, args.split or "val", args.against or ()))
 
 
@@ -884,7 +890,7 @@ def default_workers(gpus):
 
     0 without a GPU, where the network itself keeps the cores busy.
     """
-    # the cores that this process may use, where the system tells: torch warns above their number
+    # Linux tells which cores this process may use, and torch warns about more loaders than these
     usable = getattr(os, "sched_getaffinity", None)
     cores = len(usable(0)) if usable else os.cpu_count()
     processes = max(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
