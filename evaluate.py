@@ -273,7 +273,7 @@ def read_runs(folder, split):
 
     [(the teacher's identity or None, label or method -> seed -> result), ...], with `ce` in all.
     Raises InputError where two runs differ in a condition that both have, where runs of one name
-    and teacher differ in method or options, and where a result cannot be read.
+    differ in method, or under one teacher in options, and where a result cannot be read.
     """
     students = {}
     for path in sorted(Path(folder).rglob(f"results-{split}.json")):
@@ -296,9 +296,11 @@ def read_runs(folder, split):
 
 def _conditions(result):
     """What must agree in all runs of a comparison. Their teachers may differ."""
-    conditions = result["conditions"] | {"step": result["step"],
-                                         "names of the classes": result["classes"]}
+    conditions = dict(result["conditions"])
     conditions.pop("teacher_identity", None)
+    conditions["step"] = result["step"]
+    conditions["names of the classes"] = result["classes"]
+    conditions[f"method of {_name(result)}"] = result["method"]
     if "labels" in result:  # of the split, where evaluate.py scored it
         conditions["labels that were scored"] = result["labels"]
     return conditions
@@ -323,8 +325,8 @@ def _name(result):
 
 def _options(result):
     """What must agree in all runs of one name and one teacher."""
-    own = {"method": result["method"]} | (result.get("options") or {})
-    return {f"{key} of {_name(result)}": value for key, value in own.items()}
+    options = result.get("options") or {}
+    return {f"{key} of {_name(result)}": value for key, value in options.items()}
 
 
 def _refuse_differences(results):
