@@ -74,19 +74,18 @@ def commonest(matrix):
 
 # ---------------------------------------------------------------- the sliding window
 
-def evaluate(model, data, split, base, window, device, stride=None, batch=8, images=None,
+def evaluate(model, data, split, base, window, device, stride=None, batch=8,
              desc="evaluating", workers=0):
     """Confusion matrix (K,K) of `model`, in eval mode, on a split.
 
     base: pixels of the short side at which the network sees the images.
-    window, stride, batch: see `predict`. images: how many, spread over the split (default: all).
-    workers: processes that decode.
+    window, stride, batch: see `predict`. workers: processes that decode.
     With several processes each takes every n-th image, and the counts are added up.
     """
     assert not model.training, "call model.eval() first"
     several = dist.is_initialized()
     rank, processes = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    chosen = spread(len(data.pairs[split]), images)[rank::processes]
+    chosen = range(len(data.pairs[split]))[rank::processes]
     # a generator of its own: the loader would draw from the one that training continues with
     loader = DataLoader(EvalImages(data, split, base, chosen), batch_size=None,
                         num_workers=workers, worker_init_fn=quiet_worker,

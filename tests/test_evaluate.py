@@ -224,7 +224,7 @@ def test_evaluate_counts_every_labelled_pixel_once(data, monkeypatch):
         assert torch.equal(judge(**options), expected)
     assert torch.equal(torch.get_rng_state(), state)  # training goes on with the same numbers
     labelled = [(data.read("val", i)[1] != IGNORE).sum() for i in range(3)]
-    assert expected.sum() == sum(labelled) and judge(images=1).sum() == labelled[0]
+    assert expected.sum() == sum(labelled)
 
     for name, value in dict(is_initialized=True, get_world_size=2, all_reduce=None).items():
         monkeypatch.setattr(module.dist, name, lambda *_, value=value: value)
