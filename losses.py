@@ -544,10 +544,10 @@ class Method:
 
 HINT = {"teacher", "A_v"}
 KD = {"ce": 1.0, "kd": 1.0}
-# differs: paper's not known to us, release 0.1, 0.1, 0.5 in its units, here 10, 20, 2 in ours
-VLFD = {"gb": 10.0, "pc": 20.0, "lc": 2.0}
+# differs: paper's not known to us, release 0.1, 0.1, 0.5 in its units, here 1, 20, 2 in ours
+VLFD = {"gb": 1.0, "pc": 20.0, "lc": 2.0}
 METHODS = {  # beside each: where its weights come from
-    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD, NEEDS),  # ours, chosen on shapes val
+    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD, NEEDS),  # ours, chosen on val of shapes, CamVid
     "ce": Method(ce, {"ce": 1.0}, needs=()),  # the student alone
     "kd": Method(kd, KD),  # CIRKD's scripts
     "cwd": Method(cwd, KD | {"cwd": 0.3}),  # CIRKD's SegFormer script, logits alone, no adversary

@@ -73,7 +73,8 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
     if checkpoint.step == 0:
         log.write(0, validate(run, 0, student, in_picture))
 
-    for step, images, labels in batches(run, checkpoint.step, "A_v" in method.needs):
+    for step, images, labels in batches(run, checkpoint.step,
+                                        unlabelled="A_v" in method.needs):
         set_rate(optimizer, schedule(step, stage.steps, stage.warmup, power=1))
         with run.machine.precision():
             with torch.no_grad():

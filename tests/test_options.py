@@ -61,7 +61,7 @@ def test_weights_of_terms_are_changed_one_by_one_or_by_a_word():
     for word in ("summed", "released"):
         weights = parse_options(["--weights", word]).term_weights
         assert weights == losses.c2vkd_weights(word, c_teacher=512)
-    assert losses.METHODS["c2vkd"].weights["gb"] == 10
+    assert losses.METHODS["c2vkd"].weights["gb"] == 1
 
 
 @pytest.mark.parametrize("arguments, named", [
