@@ -86,7 +86,7 @@ def visual_maps(S, T):
 
 
 def linguistic_loss(e_S, e_T, kl="forward"):
-    """Eq. 3: L_lc = 1/B sum_b KL between softmax(e^S_b) and softmax(e^T_b).
+    """Eq. 3: L_lc = 1/B sum_b KL between softmax(e^S_b) and softmax(e^T_b), see `divergence`.
 
     e_S, e_T: (B,512). The softmax and the sum in the KL run over the 512 coordinates.
     """
@@ -96,9 +96,10 @@ def linguistic_loss(e_S, e_T, kl="forward"):
 
 
 def global_visual_loss(V_S, V_T, kl="forward"):
-    """Eq. 4: L_gb = 1/(B h w) sum_p KL between softmax(V^S_p) and softmax(V^T_p).
+    """Eq. 4: L_gb = 1/(B h w) sum_p KL of softmax(V^S_p) and softmax(V^T_p), see `divergence`.
 
     V_S, V_T: (B,C,h,w). p runs over positions, the softmax and the sum in the KL over channels.
+    Positions without labels take part, as in Eq. 5-7.
     """
     # differs: paper states no reduction, release averages over the channels too, which makes the
     # term C times smaller, here a true KL
@@ -106,7 +107,10 @@ def global_visual_loss(V_S, V_T, kl="forward"):
 
 
 def patch_rows(V):
-    """Eq. 5: V (B,C,h,w) -> N = B h w rows of C channels, each of length 1, then less its mean."""
+    """Eq. 5: V (B,C,h,w) -> N = B h w rows of C channels, each of length 1, then less its mean.
+
+    The order is the release's.
+    """
     rows = at_least_float32(V).flatten(2).transpose(1, 2).flatten(0, 1)  # N,C
     rows = F.normalize(rows, dim=1)
     return rows - rows.mean(1, keepdim=True)
@@ -135,9 +139,12 @@ def patch_loss(V_S, V_T):
 def pdd_loss(z_S, z_T, labels, kl="forward"):
     """Eq. 9: L_PDD = mean over labelled pixels of 1/2 sum_{t, nt} q_i (log q_i - log p_i).
 
+    This is the forward direction; in the paper's, "reverse", p and q swap places.
+
     z_S, z_T: (B,K,h,w), resized to labels (B,H,W). p is the student's pair (p_t, p_nt) and
-    q_t = (p_t^T + 1)/2, q_nt = (p_nt^T + 0)/2. The temperature is 1. The factor 1/2 is the paper's
-    alpha = beta: only equal weights have their minimum at p = q. Reverse: p and q swap places.
+    q_t = (p_t^T + 1)/2 = 1 - p_nt^T/2, q_nt = p_nt^T/2. The temperature is 1. The factor 1/2 is
+    alpha = beta, the paper's best ratio with the release's value. Only equal weights have their
+    minimum at p = q.
 
     Forward, this is 1/2 BCE-with-logits(m_S, q_t) less a constant, that is, cross-entropy whose
     target the teacher softens. The derivative of a pixel's summand in z_y is 1/2 (p_t - q_t). Its
@@ -284,8 +291,8 @@ def process_count():
 def all_sum(x):
     """Sum over processes, x itself where there is one.
 
-    Its gradient reaches this process's x alone, multiplied by the number of processes. The average
-    of gradients that DistributedDataParallel takes is then their sum.
+    In the backward pass x gets the sum's gradient times the number of processes. The others' x get
+    theirs in their own processes. DistributedDataParallel then averages, which undoes the factor.
     """
     if process_count() == 1:
         return x

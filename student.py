@@ -30,7 +30,7 @@ class Variant:
     reductions: tuple = (8, 4, 2, 1)  # of the map of keys and values, a side
     mlp_ratios: tuple = (4, 4, 4, 4)
     width: int = 256  # channels of the decoder
-    drop: float = 0.1  # stochastic depth of the last block
+    drop: float = 0.1  # stochastic depth: the rate of the last block, rising to it from 0
 
 
 B0, B1 = (32, 64, 160, 256), (64, 128, 320, 512)
@@ -198,8 +198,8 @@ class Decoder(nn.Module):
     D is `width`. The official head interpolates all stages to the first one's size, concatenates
     them and fuses them with a 1x1 convolution. Such a convolution and bilinear interpolation
     commute, so here each stage is fused at its own size and then interpolated. Two 1x1 convolutions
-    in a row are one, so the two of a stage are multiplied first. Function and state dict are the
-    official ones.
+    in a row are one, so the two of a stage are multiplied first. The function is the official one;
+    its weights have names of our own.
     """
     # differs: paper and release put an FPN behind PVT, here all students have this head
 

@@ -133,8 +133,8 @@ class Teacher(nn.Module):
                     module.momentum = 0.1
 
     def forward(self, x):
-        # differs: paper has the last encoder feature, release layer4 in one file and the ASPP's map
-        # in another, here the backbone's output, which is layer4 of a ResNet
+        # differs: paper has the last encoder feature, release this or, in one file, the ASPP's map,
+        # here the paper's, which is layer4 of a ResNet
         feature = self.backbone(x)["out"]  # B,C_T,h,w
         before = feature
         *head, classify = self.classifier

@@ -52,8 +52,8 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
 
     run: the Run of the student. weights: what its encoder starts from, see `load_encoder`.
     teacher, pool: frozen, None where the method needs none. to_beat: the teacher's mIoU on val.
-    After a validation with a better one the student learns from the labels alone. None: it never
-    does. Returns the student.
+    Once a validation of the student exceeds it, only the labels count. None: the teacher counts to
+    the end. Returns the student.
     """
     stage, method = run.stage, METHODS[run.stage.method]
     torch.manual_seed(stage.seed)
@@ -86,7 +86,8 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
             loss = total_loss(terms, stage.weights)  # Eq. 10
             # differs: paper, release to the end, here only while the teacher is the better one
             if checkpoint.outgrown:
-                # 0 * loss: where processes average gradients, every parameter needs one
+                # where processes average gradients, every parameter needs one. The log goes on
+                # showing the teacher's terms
                 loss = cross_entropy(S.logits, labels) + 0 * loss
         if step in log.measured and not checkpoint.outgrown:
             log.add_gradients(terms, cross_entropy(S.logits, labels), student.encoder)
