@@ -56,12 +56,22 @@ def test_rates_follow_the_weights_that_a_network_starts_from():
 
 
 def test_weights_of_terms_are_changed_one_by_one_or_by_a_word():
-    changed = parse_options("--weights gb=7 lc=0.25".split()).term_weights
+    own = ["--dataset", "folder", "--weights", "gb=7", "lc=0.25"]
+    changed = parse_options(own).term_weights
     assert changed == losses.METHODS["c2vkd"].weights | {"gb": 7.0, "lc": 0.25}
     for word in ("summed", "released"):
         weights = parse_options(["--weights", word]).term_weights
         assert weights == losses.c2vkd_weights(word, c_teacher=512)
     assert losses.METHODS["c2vkd"].weights["gb"] == 1
+
+
+@pytest.mark.parametrize("method, weights", [
+    ("c2vkd", {"pdd": 1, "gb": 10, "pc": 20, "lc": 2}),
+    ("vlfd", {"ce": 1, "gb": 10, "pc": 20, "lc": 2}), ("dist", {"ce": 1, "dist": 1})])
+def test_shapes_has_strong_feature_losses(method, weights):
+    assert parse_options(["--method", method]).term_weights == weights
+    others = parse_options(["--method", method, "--dataset", "voc"]).term_weights
+    assert others == losses.METHODS[method].weights
 
 
 @pytest.mark.parametrize("arguments, named", [
