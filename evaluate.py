@@ -127,14 +127,16 @@ def _slide(model, image, height, width, stride, batch):
     tops = _window_starts(image.shape[1], height, stride)
     lefts = _window_starts(image.shape[2], width, stride)
     corners = list(itertools.product(tops, lefts))
-    crops = torch.stack([image[:, y:y + height, x:x + width] for y, x in corners])
-    logits = torch.cat([logits_of(model, some) for some in crops.split(batch)])  # windows,K,h,w
-    total = logits.new_zeros(logits.shape[1], *image.shape[1:])
-    cover = logits.new_zeros(image.shape[1:])  # how many windows cover each pixel
-    for (y, x), part in zip(corners, logits):
-        part = F.interpolate(part[None], (height, width), mode="bilinear")[0]
-        total[:, y:y + height, x:x + width] += part
-        cover[y:y + height, x:x + width] += 1
+    total, cover = None, image.new_zeros(image.shape[1:])  # how many windows cover each pixel
+    for first in range(0, len(corners), batch):
+        some = corners[first:first + batch]
+        crops = torch.stack([image[:, y:y + height, x:x + width] for y, x in some])
+        for (y, x), part in zip(some, logits_of(model, crops)):
+            if total is None:
+                total = part.new_zeros(len(part), *image.shape[1:])
+            part = F.interpolate(part[None], (height, width), mode="bilinear")[0]
+            total[:, y:y + height, x:x + width] += part
+            cover[y:y + height, x:x + width] += 1
     return total / cover
 
 
@@ -345,12 +347,22 @@ def _refuse_differences(results):
 
 
 def _what_differs(teachers):
-    """For each teacher's identity a text on what tells it from the others, empty for one alone."""
-    known = [teacher or {} for teacher in teachers]
-    keys = dict.fromkeys(key for teacher in known for key in teacher)
-    telling = [key for key in keys if any(t.get(key) != known[0].get(key) for t in known)]
-    texts = [", ".join(f"{key} {teacher.get(key)}" for key in telling) for teacher in known]
-    return [f", teacher: {text}" if text else "" for text in texts]
+    """For each teacher's identity a text on what tells it from the others, empty for one alone.
+
+    A teacher that was given as a file has a short identity, without steps.
+    """
+    if len(teachers) == 1:
+        return [""]
+    trained = [teacher for teacher in teachers if teacher and "steps" in teacher]
+    telling = [key for key in (trained or [{}])[0]
+               if any(teacher.get(key) != trained[0][key] for teacher in trained)]
+
+    def text(teacher):
+        if teacher not in trained:
+            return f"given, {teacher['network']}, {teacher['weights']}" if teacher else "none"
+        return ", ".join(f"{key} {teacher.get(key)}" for key in telling) or "trained here"
+
+    return [f", teacher: {text(teacher)}" for teacher in teachers]
 
 
 # ---------------------------------------------------------------- tables of one run

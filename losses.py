@@ -139,7 +139,7 @@ def patch_loss(V_S, V_T):
 def pdd_loss(z_S, z_T, labels, kl="forward"):
     """Eq. 9: L_PDD = mean over labelled pixels of 1/2 sum_{t, nt} q_i (log q_i - log p_i).
 
-    This is the forward direction; in the paper's, "reverse", p and q swap places.
+    This is the forward direction. In the paper's, "reverse", p and q swap places.
 
     z_S, z_T: (B,K,h,w), resized to labels (B,H,W). p is the student's pair (p_t, p_nt) and
     q_t = (p_t^T + 1)/2 = 1 - p_nt^T/2, q_nt = p_nt^T/2. The temperature is 1. The factor 1/2 is
@@ -552,7 +552,7 @@ class Method:
 HINT = {"teacher", "A_v"}
 KD = {"ce": 1.0, "kd": 1.0}
 # differs: paper's not known to us, release 0.1, 0.1, 0.5 in its units, here 1, 2, 0.2 in ours
-VLFD = {"gb": 1.0, "pc": 2.0, "lc": 0.2}  # low enough to do no harm under any teacher so far
+VLFD = {"gb": 1.0, "pc": 2.0, "lc": 0.2}  # cost at most a point so far
 METHODS = {  # beside each: where its weights come from
     "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD, NEEDS),  # ours, see train.py for shapes
     "ce": Method(ce, {"ce": 1.0}, needs=()),  # the student alone

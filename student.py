@@ -198,8 +198,8 @@ class Decoder(nn.Module):
     D is `width`. The official head interpolates all stages to the first one's size, concatenates
     them and fuses them with a 1x1 convolution. Such a convolution and bilinear interpolation
     commute, so here each stage is fused at its own size and then interpolated. Two 1x1 convolutions
-    in a row are one, so the two of a stage are multiplied first. The function is the official one;
-    its weights have names of our own.
+    in a row are one, so the two of a stage are multiplied first. The function is the official one.
+    Its weights have names of our own.
     """
     # differs: paper and release put an FPN behind PVT, here all students have this head
 

@@ -84,7 +84,7 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
             S = parallel(images)  # z^S, F^S, A_v(F^S), e^S
             terms = method.terms(S, T, labels, stage.kl)
             loss = total_loss(terms, stage.weights)  # Eq. 10
-            # differs: paper, release to the end, here only while the teacher is the better one
+            # differs: paper and release learn from the teacher to the end, here while it is better
             if checkpoint.outgrown:
                 # where processes average gradients, every parameter needs one. The log goes on
                 # showing the teacher's terms
@@ -100,7 +100,8 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
             log.close_row(step, optimizer, trained)
             miou = validate(run, step, student, in_picture) if run.validates(step) else None
             log.write(step, miou)
-            checkpoint.judge(miou, to_beat)
+            if step < stage.steps:
+                checkpoint.judge(miou, to_beat)
             checkpoint.save_if_due(step)
     return student.eval()
 
@@ -199,6 +200,7 @@ class Stage:
     method: str | None = None
     kl: str | None = None
     teach: str | None = None  # until when the teacher's terms count: outgrown or end
+    val_every: int | None = None  # steps between validations, where they decide on that
     unlabelled: int = 0  # pictures without labels that the method uses
     teacher: dict | None = None  # the teacher's Stage, or name and digest of a given one
     pool: dict | None = None  # the pool's Stage, or the digest of CLIP's file
@@ -283,13 +285,18 @@ class Run:
 
     def validates(self, step):
         """Whether the networks are validated after `step` steps."""
-        every = self.machine.val_every or -(-self.stage.steps // 4)
+        every = self.machine.val_every or quarter(self.stage.steps)
         return step % every == 0 or step == self.stage.steps
 
     def writes(self, step):
         """Whether a row of the log is due after `step` steps."""
         measured = self.stage.stage == "student" and step in measured_at(self.stage.steps)
         return step % self.machine.log_every == 0 or measured or self.validates(step)
+
+
+def quarter(steps):
+    """Steps between validations where nobody says."""
+    return -(-steps // 4)
 
 
 def measured_at(steps):
@@ -636,7 +643,7 @@ def train(args, machine):
                            pool_identity if "A_l" in needs else None)
         to_beat = None
         if run.stage.teach == "outgrown":
-            to_beat = agreed(entries.get("teacher") and entries["teacher"][1]["miou"])
+            to_beat = agreed(score_to_beat(plan, teacher, teacher_run, entries))
         with at_work(run):
             student = distil(run, args.student_weights, teacher if "teacher" in needs else None,
                              pool if "A_l" in needs else None, to_beat)
@@ -653,6 +660,7 @@ class Plan:
     def __init__(self, args, machine, data, digests):
         self.args, self.machine, self.data = args, machine, data
         self.root = Path(args.out) / args.dataset
+        self.val_every = args.val_every or quarter(args.steps)
         self.methods = [args.method]
         if args.both:
             self.methods = ["ce", "c2vkd"]
@@ -697,6 +705,7 @@ class Plan:
         """teacher: a Run or a GivenTeacher. pool: identity of the pool. None where not needed."""
         args, needs = self.args, METHODS[method].needs
         asked = method == args.method
+        outgrows = "teacher" in needs and args.teach == "outgrown"
         stage = Stage(
             stage="student", network=args.student,
             initial=identity_of_weights(args.student_weights), steps=args.steps, rate=args.lr,
@@ -704,6 +713,7 @@ class Plan:
             weights=args.term_weights if asked else dict(METHODS[method].weights),
             kl=args.kl if METHODS[method].has_direction else None,
             teach=args.teach if "teacher" in needs else None,
+            val_every=self.val_every if outgrows else None,
             unlabelled=len(self.data.pairs.get("unlabelled", ())) if "A_v" in needs else 0,
             teacher=teacher and teacher.identity, pool=pool, **self.common)
         name = f"{method}-{args.student}-seed{args.seed}"
@@ -711,7 +721,8 @@ class Plan:
         if asked and args.name:
             name, label = args.name, args.name.removesuffix(f"-seed{args.seed}")
         everything = plain(stage)
-        options = {k: everything.pop(k) for k in ("weights", "kl", "teach", "unlabelled", "pool")}
+        names = "weights", "kl", "teach", "val_every", "unlabelled", "pool"
+        options = {name: everything.pop(name) for name in names}
         apart = {k: everything.pop(k) for k in ("method", "seed", "teacher")}
         conditions = everything | {"teacher_identity": apart["teacher"]}
         return self.run(stage, self.root / name, label=label, method=method, seed=args.seed,
@@ -907,7 +918,7 @@ def given_teacher(plan, args, entries):
 def scores_of_given(plan, args, teacher, given):
     """Scores on val of a given teacher. Measured and printed once, then read."""
     path = given.folder / "results-val.json"
-    conditions = {"labels": plan.common["labels"], "base": args.base, "crop": args.crop}
+    conditions = {name: plan.common[name] for name in ("labels", "pictures", "base", "crop")}
     if agreed(path.exists()):
         with suppress(InputError):  # what cannot be read is measured again
             known = read_scores(path)
@@ -937,6 +948,17 @@ def get_pool(plan, args, teacher, teacher_run):
     run = adopt(plan.pool(teacher_run))
     with at_work(run):
         return fit_pool(run, teacher), run.identity
+
+
+def score_to_beat(plan, teacher, teacher_run, entries):
+    """mIoU of the teacher on val, at the size at which the student is validated."""
+    base, crop = plan.common["base"], plan.common["crop"]
+    stage = getattr(teacher_run, "stage", None)  # a GivenTeacher has none and was scored like this
+    if stage and (stage.base, stage.crop) != (base, crop):
+        matrix = evaluate(teacher, plan.data, "val", base, crop, plan.machine.device,
+                          workers=plan.machine.workers)
+        return scores(matrix.cpu())["miou"]
+    return entries["teacher"][1]["miou"] if plan.machine.rank == 0 else None
 
 
 @torch.no_grad()
@@ -1032,7 +1054,7 @@ RECIPES = {
         base=240, crop=192, scale=(0.75, 1.5), batch_size=8, warmup=80,
         teacher="deeplabv3_mobilenet_v2", teacher_weights="imagenet", teacher_steps=1000,
         pool_steps=100, student="mit_b0", student_weights="none", steps=1600),
-    # of the embedded data set: everything from random weights, in five minutes
+    # of the embedded data set: everything from random weights, in six minutes
     "shapes": dict(
         base=64, crop=64, scale=(1.0, 1.0), batch_size=8, warmup=40,
         teacher="deeplabv3_resnet10", teacher_weights="none", teacher_steps=600,
@@ -1173,7 +1195,7 @@ def term_weights(args):
                              "with a method")
         return {}
     weights = dict(METHODS[args.method].weights)
-    if args.dataset == "shapes":
+    if args.dataset == "shapes" and args.method in ("c2vkd", "vlfd"):
         weights |= {n: weight for n, weight in VLFD_OF_SHAPES.items() if n in weights}
     if args.method == "c2vkd" and args.weights in (["summed"], ["released"]):
         return losses.c2vkd_weights(args.weights[0], TEACHERS[args.teacher].channels)
