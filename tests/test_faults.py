@@ -226,7 +226,7 @@ def test_a_finished_run_prints_its_table_and_changes_nothing(folder, whole, caps
     # nor written anew: others may read a finished teacher at the same time
     assert len(logs) == 3 and written() == logs
     text = capsys.readouterr().out
-    for word in ("student c2vkd", "teacher", "step 4", "IoU of each class", "comparison.png"):
+    for word in ("student c2vkd", "teacher", "step 1", "IoU of each class", "comparison.png"):
         assert word in text
     assert differing(*whole) == []
 

@@ -46,7 +46,9 @@ def draw_export(root):
     for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
         (root / folder).mkdir(parents=True)
         for i in range(20):
-            Image.new("RGB", (64, 48)).save(root / folder / f"frame{i:02d}.{ending}")
+            picture = Image.new("RGB", (64, 48))
+            picture.paste((9, 9, 9), (0, 0, 32, 48))
+            picture.save(root / folder / f"frame{i:02d}.{ending}")
     (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nroad:0,0,0::\ncar:9,9,9::\n")
 
 

@@ -53,7 +53,9 @@ def last(path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_logs_its_terms(folder, taught, method):
-    train_with(options(folder, taught.parent, "--method", method, "--log-every", 2))
+    to_the_end = ["--teach", "end"] if METHODS[method].needs else []
+    few = "--method", method, "--log-every", 2, *to_the_end
+    train_with(options(folder, taught.parent, *few))
     run, weights = taught / f"{method}-mit_nano-seed0", METHODS[method].weights
     rows = rows_of(run)
     assert [int(r["step"]) for r in rows] == [0, 1, 2, 3, 4]
@@ -188,8 +190,8 @@ def test_the_first_command_trains_the_teacher_and_two_students_that_begin_alike(
             start = {k: v.clone() for k, v in module.state_dict().items() if "heads." not in k}
             begun[run.folder.name] = start
 
-    def recording(run, *rest):
-        for step, images, labels in batches(run, *rest):
+    def recording(run, *rest, **more):
+        for step, images, labels in batches(run, *rest, **more):
             seen.setdefault(run.folder.name, []).append((images, labels))
             yield step, images, labels
 
@@ -231,8 +233,8 @@ def test_training_leaves_teacher_and_pool_bitwise_unchanged(folder, tmp_path):
 def test_images_without_labels_serve_the_feature_losses_alone(tmp_path, monkeypatch, capsys):
     unlabelled, batches = {}, train.batches
 
-    def recording(run, *rest):
-        for step, images, labels in batches(run, *rest):
+    def recording(run, *rest, **more):
+        for step, images, labels in batches(run, *rest, **more):
             found = (labels == data.IGNORE).all((1, 2)).sum().item()
             name = run.folder.name
             unlabelled[name] = unlabelled.get(name, 0) + found
