@@ -49,7 +49,8 @@ def draw_export(root):
             picture = Image.new("RGB", (64, 48))
             picture.paste((9, 9, 9), (0, 0, 32, 48))
             picture.save(root / folder / f"frame{i:02d}.{ending}")
-    (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nroad:0,0,0::\ncar:9,9,9::\n")
+    labelmap = "# label:color_rgb:parts:actions\nroad:0,0,0::\ncar:9,9,9::\n"
+    (root / "labelmap.txt").write_text(labelmap)
 
 
 @pytest.fixture
