@@ -47,9 +47,9 @@ def draw_export(root):
         (root / folder).mkdir(parents=True)
         for i in range(20):
             picture = Image.new("RGB", (64, 48))
-            picture.paste((9, 9, 9), (0, 0, 32, 48))
+            picture.paste((9, 0, 9), (0, 0, 32, 48))
             picture.save(root / folder / f"frame{i:02d}.{ending}")
-    labelmap = "# label:color_rgb:parts:actions\nroad:0,0,0::\ncar:9,9,9::\n"
+    labelmap = "# label:color_rgb:parts:actions\nroad:0,0,0::\ncar:9,0,9::\n"
     (root / "labelmap.txt").write_text(labelmap)
 
 
