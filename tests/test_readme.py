@@ -141,7 +141,7 @@ def test_every_command_and_every_python_block_run_in_order(as_a_user, capsys):
 
     for log in Path("runs").rglob("log.csv"):
         for column in log.read_text().splitlines()[0].split(","):
-            term = re.sub("_(pdd|gb|pc|lc|ce|kd|bce|hint)$", "_TERM", column)
+            term = re.sub("_(pdd|gb|pc|lc|ce|kd|dist|bce|hint)$", "_TERM", column)
             assert f"`{term}`" in DETAILS, column
 
 
