@@ -910,7 +910,7 @@ def given_teacher(plan, args, entries):
     teacher = teacher.to(plan.machine.device, memory_format=torch.channels_last).freeze()
     weights = identity_of_weights(source)
     given = GivenTeacher({"network": args.teacher, "weights": weights},
-                  plan.root / f"teacher-{args.teacher}-{weights.split()[-1]}")
+                         plan.root / f"teacher-{args.teacher}-{weights.split()[-1]}")
     entries["teacher"] = teacher, scores_of_given(plan, args, teacher, given), None
     return teacher, given
 
@@ -953,8 +953,9 @@ def get_pool(plan, args, teacher, teacher_run):
 def score_to_beat(plan, teacher, teacher_run, entries):
     """mIoU of the teacher on val, at the size at which the student is validated."""
     base, crop = plan.common["base"], plan.common["crop"]
-    stage = getattr(teacher_run, "stage", None)  # a GivenTeacher has none and was scored like this
-    if stage and (stage.base, stage.crop) != (base, crop):
+    # an adopted teacher was scored at its own size, a given one at this size
+    trained_here = isinstance(teacher_run, Run)
+    if trained_here and (teacher_run.stage.base, teacher_run.stage.crop) != (base, crop):
         matrix = evaluate(teacher, plan.data, "val", base, crop, plan.machine.device,
                           workers=plan.machine.workers)
         return scores(matrix.cpu())["miou"]
