@@ -147,6 +147,18 @@ def test_a_student_that_is_better_than_its_teacher_learns_from_the_labels_alone(
     assert last(run)["outgrown"] == alone and last(run)["stage"]["teach"] == teach
 
 
+def test_a_teacher_of_another_size_is_scored_anew_before_a_student_may_leave_it(folder, out,
+                                                                                 monkeypatch):
+    scores = out / "folder" / TEACHER / "results-val.json"
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"miou": 100}))
+    known = []
+    monkeypatch.setattr(train.Checkpoint, "judge", lambda _, miou, to_beat: known.append(to_beat))
+    for base in (32, 40):
+        train_with(options(folder, out, "--method", "kd", "--base", base, "--name", f"base{base}"))
+    at_its_own_size, at_another = known[0], known[-1]
+    assert at_its_own_size == 100 and 0 <= at_another < 100
+
+
 def test_an_outgrown_teacher_stays_so_after_a_stop(folder, out, tmp_path, monkeypatch):
     scores = out / "folder" / TEACHER / "results-val.json"
     scores.write_text(json.dumps(json.loads(scores.read_text()) | {"miou": 0}))
