@@ -19,31 +19,33 @@ the teacher's tensors.
     q         log_q_t, ...      the teacher's (p_t, p_nt) mixed with the label's (1, 0)  B,H,W
 
 S and T are the two networks' Outputs. K counts classes, C channels. H,W is the size of the labels
-and h,w the tensor's own grid. X^T, Y^T, Z^T and D^T are transposed matrices.
+and h,w the tensor's own grid. On the matrices X, Y, Z and D the ^T means transposed. Everywhere
+else it means teacher.
 
-C2VKD's divergences are summed over their distribution, which is the channels, the coordinates or
-the pair. They are averaged over images and places, in PDD over labelled pixels. `kl` is their
-direction: "forward" is KL(teacher || student), "reverse" is KL(student || teacher). Everything is
-computed in at least float32. Comments that begin with "differs" or "unstated" say where the paper,
-the authors' released code and this file part.
+Each KL of C2VKD sums over one distribution: the channels in Eq. 4, the coordinates in Eq. 3, the
+pair in Eq. 9. It is then averaged over images and places, in Eq. 9 over labelled pixels. `kl` is
+the direction: "forward" is KL(teacher || student), "reverse" is KL(student || teacher). Everything
+is computed in at least float32, but train.py lets a GPU round what enters matrix products to TF32.
+Comments that begin with "differs" or "unstated" mark where this file departs from the paper or from
+the authors' released code, and where the paper is silent.
 """
 import inspect
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
-IGNORE = 255  # as in data.py; this file needs no other of the project
+IGNORE = 255  # as in data.py. This file imports no other of ours
 
 
 class Outputs(NamedTuple):
-    """What a network hands to the losses, by the table above. None: the method does not need it."""
+    """What a network hands to the losses, by the table above. None if no loss needs it."""
     logits: torch.Tensor  # z
     feature: torch.Tensor  # F
     before_classifier: torch.Tensor  # B,C,h,w: what the last 1x1 convolution turns into logits
@@ -54,7 +56,7 @@ class Outputs(NamedTuple):
 # ---------------------------------------------------------------- Eq. 10
 
 def total_loss(terms, weights):
-    """Eq. 10: L = L_PDD + l_gb L_gb + l_pc L_pc + l_lc L_lc, and so for every other method."""
+    """Eq. 10: L = L_PDD + l_gb L_gb + l_pc L_pc + l_lc L_lc. Every other method is summed alike."""
     return sum(weights[name] * term for name, term in terms.items())
 
 
@@ -69,8 +71,8 @@ def c2vkd(S, T, labels, kl="forward"):
 
 def divergence(log_S, log_T, dim, kl):
     """KL(teacher || student) for "forward", KL(student || teacher) for "reverse", over `dim`."""
-    # differs: paper writes KL(student || teacher), release's F.kl_div(student, teacher) computes
-    # KL(teacher || student), here that one by default
+    # differs: the paper writes KL(student || teacher). The release's F.kl_div(student, teacher)
+    # computes KL(teacher || student), which is the default here
     log_a, log_b = {"forward": (log_T, log_S), "reverse": (log_S, log_T)}[kl]  # KL(a || b)
     return (log_a.exp() * (log_a - log_b)).sum(dim)
 
@@ -79,8 +81,8 @@ def divergence(log_S, log_T, dim, kl):
 
 def visual_maps(S, T):
     """V^S, V^T (B,C_T,h,w): A_v(F^S) and F^T on one grid."""
-    # differs: paper states no grid, release 32x32, here twice F^S's grid and at most F^T's. That is
-    # 32x32 for the published students at crop 512 with a teacher of stride 8 or 16
+    # differs: the paper states no grid, the release uses 32x32. Here it is twice F^S's grid, but at
+    # most F^T's. At crop 512 with a teacher of stride 8 or 16 that is 32x32 for published students
     grid = [min(2 * s, t) for s, t in zip(S.feature.shape[2:], T.feature.shape[2:])]
     return resize(S.projected, grid), resize(T.feature, grid)
 
@@ -90,8 +92,8 @@ def linguistic_loss(e_S, e_T, kl="forward"):
 
     e_S, e_T: (B,512). The softmax and the sum in the KL run over the 512 coordinates.
     """
-    # differs: paper states no reduction, release averages over the coordinates too, which makes the
-    # term 512 times smaller, here a true KL
+    # differs: the paper states no reduction. The release averages over the coordinates too, which
+    # makes the term 512 times smaller. Here it is a true KL
     return divergence(log_softmax(e_S), log_softmax(e_T), dim=1, kl=kl).mean()
 
 
@@ -101,15 +103,15 @@ def global_visual_loss(V_S, V_T, kl="forward"):
     V_S, V_T: (B,C,h,w). p runs over positions, the softmax and the sum in the KL over channels.
     Positions without labels take part, as in Eq. 5-7.
     """
-    # differs: paper states no reduction, release averages over the channels too, which makes the
-    # term C times smaller, here a true KL
+    # differs: the paper states no reduction. The release averages over the channels too, which
+    # makes the term C times smaller. Here it is a true KL
     return divergence(log_softmax(V_S), log_softmax(V_T), dim=1, kl=kl).mean()
 
 
 def patch_rows(V):
-    """Eq. 5: V (B,C,h,w) -> N = B h w rows of C channels, each of length 1, then less its mean.
+    """Eq. 5: V (B,C,h,w) -> X (N,C), a row of channels for each of the N = B h w patches.
 
-    The order is the release's.
+    Each row is divided by its L2 norm, then its own mean is subtracted. The order is the release's.
     """
     rows = at_least_float32(V).flatten(2).transpose(1, 2).flatten(0, 1)  # N,C
     rows = F.normalize(rows, dim=1)
@@ -121,17 +123,18 @@ def patch_loss(V_S, V_T):
 
     V_S, V_T: (B,C,h,w). i and j run over all patches of the batch, across images too.
     """
-    # differs: paper M = X X^T / (C-1), release the same with rows of length 1 that are then
-    # centred, here the release's without 1/(C-1), which would make the term (C-1)^2 times smaller.
-    # A centred row is shorter than 1, so M holds no cosines: behind a ReLU M_ii is 0.3 to 0.7
+    # differs: the paper has M = X X^T / (C-1). The release computes the same from rows that are
+    # first normalised and then centred. Here the rows are the release's, but the factor 1/(C-1) is
+    # left out, because it would make the term (C-1)^2 times smaller.
+    # Centring shortens the rows, so M holds no cosines: behind a ReLU M_ii is 0.3 to 0.7
     with torch.autocast(V_S.device.type, enabled=False):  # half precision would round the products
         X, Y = patch_rows(V_S), patch_rows(V_T)
         N, C = X.shape
-        # the definition is cheaper where N < C, and needs all rows in one process
+        # the N x N matrices are cheaper where N < C, but need all rows in one process
         if N < C and process_count() == 1:
             M_S, M_T = X @ X.T, Y @ Y.T
             return (M_S - M_T).square().mean()
-        return mean_squared_difference_of_affinities(X, Y)  # the same number from C,C matrices
+        return mean_squared_difference_of_affinities(X, Y)  # the same from C x C
 
 
 # ---------------------------------------------------------------- PDD, Eq. 8-9
@@ -139,31 +142,34 @@ def patch_loss(V_S, V_T):
 def pdd_loss(z_S, z_T, labels, kl="forward"):
     """Eq. 9: L_PDD = mean over labelled pixels of 1/2 sum_{t, nt} q_i (log q_i - log p_i).
 
-    This is the forward direction. In the paper's, "reverse", p and q swap places.
+    This is the forward direction. In "reverse", the paper's direction, p and q swap places.
 
-    z_S, z_T: (B,K,h,w), resized to labels (B,H,W). p is the student's pair (p_t, p_nt) and
-    q_t = (p_t^T + 1)/2 = 1 - p_nt^T/2, q_nt = p_nt^T/2. The temperature is 1. The factor 1/2 is
-    alpha = beta, the paper's best ratio with the release's value. Only equal weights have their
-    minimum at p = q.
+    z_S, z_T: (B,K,h,w), resized to labels (B,H,W). i runs over t and nt. p is the student's pair
+    (p_t, p_nt) and q_t = (p_t^T + 1)/2 = 1 - p_nt^T/2, q_nt = p_nt^T/2. The temperature is 1. The
+    factor 1/2 is alpha = beta: the paper finds 1:1 best, the release has 0.5. Unequal factors would
+    move the minimum away from p = q, forward to p_t = alpha q_t / (alpha q_t + beta q_nt).
 
-    Forward, this is 1/2 BCE-with-logits(m_S, q_t) less a constant, that is, cross-entropy whose
-    target the teacher softens. The derivative of a pixel's summand in z_y is 1/2 (p_t - q_t). Its
-    size is at least 1/4 where p_t = 0, so a class that the student does not predict yet keeps its
-    gradient. The reverse form has 1/2 p_t p_nt (m_S - logit q_t), which vanishes there.
+    Forward, this is 1/2 (BCE-with-logits(m_S, q_t) - H(q)), and the entropy H(q) does not depend on
+    the student. So it is cross-entropy whose target the teacher softens. The derivative of a
+    pixel's summand with respect to z_y is 1/2 (p_t - q_t). Its size is at least 1/4 where p_t = 0,
+    so a class that the student does not predict yet keeps its gradient. The reverse form has
+    1/2 p_t p_nt (m_S - logit q_t), which vanishes there.
     """
     m_S, m_T = margin(z_S, labels), margin(z_T, labels)  # B,H,W, Eq. 8
     log_p_t, log_p_nt = F.logsigmoid(m_S), F.logsigmoid(-m_S)
-    # differs: paper p^T + y, release missing, here (p^T + y)/2, which is a distribution. In the
-    # forward direction this halves the gradient
+    # differs: the paper adds p^T + y, the release lacks this code. Here it is (p^T + y)/2, which is
+    # a distribution. In the forward direction this halves the gradient
     log_q_t = torch.log1p(-torch.sigmoid(-m_T) / 2)
     log_q_nt = F.logsigmoid(-m_T) - math.log(2)
     pair_S, pair_q = torch.stack([log_p_t, log_p_nt]), torch.stack([log_q_t, log_q_nt])  # 2,B,H,W
-    # unstated: what becomes of ignored pixels, here the mean runs over the labelled ones
+    # unstated: what becomes of ignored pixels. Here the mean runs over the labelled ones
     return masked_mean(0.5 * divergence(pair_S, pair_q, dim=0, kl=kl), labels != IGNORE)
 
 
 def margin(z, labels):
-    """Eq. 8 as a margin (B,H,W): p_t = sigmoid(m), p_nt = sigmoid(-m), for z (B,K,h,w) resized.
+    """Eq. 8 as a margin m (B,H,W), with p_t = sigmoid(m) and p_nt = sigmoid(-m).
+
+    z (B,K,h,w) is first resized to the labels (B,H,W).
 
         m = z_y - log sum_{k != y} exp z_k
         dm/dz_y = 1,   dm/dz_k = -exp z_k / sum_{j != y} exp z_j   for k != y
@@ -174,7 +180,7 @@ def margin(z, labels):
     def value(rows, target):  # pixels,K and pixels,1
         z_y = rows.gather(1, target)
         others = rows.scatter_(1, target, -torch.inf)
-        # the logsumexp in place, which takes half the time of torch's
+        # logsumexp by hand, in place, takes half the time of torch's
         top = others.amax(1, keepdim=True)
         return z_y - top - others.sub_(top).exp_().sum(1, keepdim=True).log()
 
@@ -188,7 +194,7 @@ def margin(z, labels):
 def cross_entropy(z_S, labels):
     """Mean over labelled pixels of -log softmax(z)_y. z_S: (B,K,h,w), resized to labels (B,H,W).
 
-    The derivative of a pixel's summand in z_k is softmax(z)_k, less 1 for k = y.
+    The derivative of a pixel's summand with respect to z_k is softmax(z)_k, less 1 for k = y.
     """
     def value(rows, target):
         return -rows.log_softmax(1).gather(1, target)
@@ -204,11 +210,12 @@ class FullSize(torch.autograd.Function):
     """Resizes z (B,K,h,w) to the labels (B,H,W) and applies `value` to each pixel's logits.
 
     rows (pixels,K) are the logits of one resized image, target (pixels,1) its labels, with 0 for
-    ignored pixels. Both functions may overwrite rows. derivative(rows, target, upstream) returns
-    the gradient in rows (pixels,K) for the gradient `upstream` (pixels,1) of the values.
+    ignored pixels. value(rows, target) returns (pixels,1). derivative(rows, target, upstream)
+    returns the gradient with respect to rows (pixels,K), given the gradient `upstream` (pixels,1)
+    with respect to the values. Both functions may overwrite rows.
 
-    Full-size logits are the largest tensors of a step. So this works an image at a time, keeps
-    nothing but z, and resizes again in the backward pass.
+    Full-size logits are the largest tensors of a step. So this works on one image at a time, keeps
+    no tensors but z and the labels, and resizes again in the backward pass.
     """
 
     @staticmethod
@@ -218,7 +225,7 @@ class FullSize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, labels, value, derivative):
-        # else each full-size image would be copied into rows
+        # channels_last makes `rows` a view. Otherwise each full-size image would be copied
         z = z.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(z, labels)
         ctx.derivative = derivative
@@ -263,9 +270,9 @@ def resize(x, size, antialias=False):
 
 
 def mean_squared_difference_of_affinities(X, Y):
-    """1/N^2 || X X^T - Y Y^T ||^2 from C x C matrices. X, Y: this process's rows (n,C) of all N.
+    """1/N^2 || X X^T - Y Y^T ||^2 from C x C matrices. X, Y (n,C): this process's n of N rows.
 
-    With D = X - Y and Z = X + Y: X X^T - Y Y^T = 1/2 (D Z^T + Z D^T), so that exactly
+    With D = X - Y and Z = X + Y, X X^T - Y Y^T is 1/2 (D Z^T + Z D^T). So, exactly,
         || X X^T - Y Y^T ||^2 = 1/2 [ <D^T D, Z^T Z> + tr((Z^T D)^2) ].
     Unlike ||X^T X||^2 + ||Y^T Y||^2 - 2 ||X^T Y||^2, this loses no digits where X is close to Y
     row by row.
@@ -289,10 +296,10 @@ def process_count():
 
 
 def all_sum(x):
-    """Sum over processes, x itself where there is one.
+    """Sum of x over all processes. With one process it is x itself.
 
-    In the backward pass x gets the sum's gradient times the number of processes. The others' x get
-    theirs in their own processes. DistributedDataParallel then averages, which undoes the factor.
+    In the backward pass each process's x gets the gradient times the number of processes. The mean
+    that DistributedDataParallel takes afterwards undoes this factor.
     """
     if process_count() == 1:
         return x
@@ -304,7 +311,7 @@ def all_sum(x):
 # ---------------------------------------------------------------- the losses of other methods
 # Logits z, maps before the classifiers and labels lie on one grid. Ignored pixels are left out,
 # except by fitnet_loss. The reductions are those of the sources named in METHODS, because a
-# published weight holds with its own reduction alone.
+# published weight only holds with its own reduction.
 
 def kd_loss(z_S, z_T, labels, temperature=1.0):
     """Hinton et al., 1503.02531: tau^2 KL(softmax(z_T/tau) || softmax(z_S/tau)) of each pixel.
@@ -333,8 +340,8 @@ def cwd_loss(z_S, z_T, labels, temperature=4.0):
 def dist_loss(z_S, z_T, labels):
     """DIST, 2205.10536: 1 - Pearson correlation of the two networks' softmaxes.
 
-    Of each pixel over classes, mean over labelled pixels, plus that of each class over pixels,
-    mean over classes. Per process where there are several.
+    It has two parts: per pixel over classes, and per class over labelled pixels. Each is averaged,
+    then they are added. With several processes each computes it on its own images.
     """
     valid = (labels != IGNORE).flatten()
     p_S, p_T = (at_least_float32(z).softmax(1).movedim(1, -1).flatten(0, -2)[valid]
@@ -344,8 +351,8 @@ def dist_loss(z_S, z_T, labels):
 
     def distance(a, b):  # rows
         a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-        # the authors' 1e-8 stands beside the product of both lengths, so that the rows of classes
-        # absent from a batch lose their gradient. F.cosine_similarity would not let them
+        # as in the authors' code, 1e-8 is added to the product of the norms. Absent classes have
+        # tiny rows, which then lose almost all gradient. F.cosine_similarity would keep it
         return 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)).mean()
 
     return distance(p_S, p_T) + distance(p_S.T, p_T.T)
@@ -354,8 +361,8 @@ def dist_loss(z_S, z_T, labels):
 def dkd_loss(z_S, z_T, labels, alpha=1.0, beta=8.0, temperature=4.0):
     """DKD, 2203.08679, pixel-wise: tau^2 mean over labelled pixels of alpha TCKD + beta NCKD.
 
-    TCKD: KL of the pairs (target, all others). NCKD: KL of the softmaxes over the other classes.
-    tau is the temperature. The values are those of mdistiller for CIFAR-100.
+    TCKD is the KL of the pairs (target, all others), NCKD that of the softmaxes over the other
+    classes. tau is the temperature. The defaults are those of mdistiller for CIFAR-100.
     """
     z_S, z_T = at_least_float32(z_S) / temperature, at_least_float32(z_T) / temperature
     m_S, m_T = margin(z_S, labels), margin(z_T, labels)
@@ -370,9 +377,9 @@ def dkd_loss(z_S, z_T, labels, alpha=1.0, beta=8.0, temperature=4.0):
 def skd_loss(map_S, map_T, labels):
     """SKD, 1903.04197, pair-wise: mean squared difference of the cosines of an image's positions.
 
-    map_S, map_T: (B,C,h,w), the channels may differ. They are first max-pooled in 2x2 windows of
-    stride 2, as in CIRKD, where the authors' windows are half the map. Windows without labels are
-    left out, and so is the adversarial part.
+    map_S, map_T: (B,C,h,w), the channels may differ. They are first max-pooled 2x2, as CIRKD does.
+    SKD's authors pool windows of half the map. Windows without labels are left out, and so is the
+    adversarial part.
     """
     valid = (labels != IGNORE)[:, None]
     mask = F.max_pool2d(valid.float(), 2, 2, ceil_mode=True).flatten(2) > 0  # B,1,n
@@ -394,8 +401,8 @@ def ifvd_loss(map_S, map_T, labels, classes):
     map_S, map_T: (B,C,h,w), the channels may differ. The mean feature is that of the class in the
     image. Mean over labelled positions.
     """
-    labels_or_last = labels.where(labels != IGNORE, classes).flatten(1)
-    onehot = F.one_hot(labels_or_last, classes + 1)[..., :classes]  # B,n,K
+    labels_ignored_last = labels.where(labels != IGNORE, classes).flatten(1)
+    onehot = F.one_hot(labels_ignored_last, classes + 1)[..., :classes]  # B,n,K
 
     def variation(x):
         x = at_least_float32(x).flatten(2)  # B,C,n
@@ -411,11 +418,12 @@ def ifvd_loss(map_S, map_T, labels, classes):
 def cirkd_loss(map_S, map_T, labels, temperature=0.1):
     """CIRKD, 2204.06986, mini-batch part: KL(teacher || student) of pixel-to-pixel affinities.
 
-    For each ordered pair of images (i, j) and each pixel of i: the softmax, over the pixels of j,
-    of its cosines to them divided by the temperature. map_S, map_T: (B,C,h,w), the channels may
-    differ. Mean over labelled pixels of i and over the pairs; ignored pixels of j are left out.
-    It compares all patches of a batch, as L_pc does, but by softmaxes: a control for L_pc. The
-    memory banks are left out. Per process where there are several.
+    For an ordered pair of images (i, j), a pixel of i has a cosine with each pixel of j. These are
+    divided by the temperature, and their softmax over the pixels of j gives the affinities.
+    map_S, map_T: (B,C,h,w), the channels may differ. Mean over labelled pixels of i and over the
+    pairs. Ignored pixels of j are left out, and so are CIRKD's memory banks. With several processes
+    each computes it on its own images. A control for L_pc, which compares all patches of a batch,
+    too, but without softmaxes.
     """
     valid = (labels != IGNORE).flatten(1)  # B,n
     rows_S, rows_T = (F.normalize(at_least_float32(x).flatten(2), dim=1).transpose(1, 2)
@@ -428,33 +436,33 @@ def cirkd_loss(map_S, map_T, labels, temperature=0.1):
         return divergence(affinities(S_i, S_j), affinities(T_i, T_j), dim=1, kl="forward")  # n
 
     with torch.autocast(map_S.device.type, enabled=False):
-        # B^2 matrices of n x n would be tens of gigabytes: they are computed again backwards
-        rows = [checkpoint(pair, rows_S[i], rows_S[j], rows_T[i], rows_T[j], valid[j],
-                           use_reentrant=False)
+        # B^2 matrices of n x n would need tens of GB, so the backward pass recomputes them
+        rows = [recompute(pair, rows_S[i], rows_S[j], rows_T[i], rows_T[j], valid[j],
+                          use_reentrant=False)
                 for i, j in itertools.product(range(len(valid)), repeat=2)]
     rows = torch.stack(rows).view(len(valid), len(valid), -1)  # B,B,n
     return masked_mean(rows, valid[:, None] & valid.any(1)[None, :, None])
 
 
 def fitnet_loss(V_S, V_T):
-    """FitNet, 1412.6550: mean squared difference of V^S and V^T (B,C,h,w): a plain hint.
+    """FitNet, 1412.6550, a plain hint: mean squared difference of V^S and V^T (B,C,h,w).
 
-    Ignored pixels are included.
+    Ignored pixels take part.
     """
     return (at_least_float32(V_S) - at_least_float32(V_T)).square().mean()
 
 
 # ---------------------------------------------------------------- the methods
-# A method is one function of (S, T, labels), the two networks' Outputs and the labels (B,H,W), that
-# returns named unweighted terms, and one entry in METHODS. A new loss is both of these, and nothing
-# anywhere else. A function with a parameter `kl` gets the one of the command line.
+# A method is a function and its row in METHODS, and a new method needs nothing else. The function
+# reads (S, T, labels), the two networks' Outputs and the labels (B,H,W), and returns named
+# unweighted terms. If it has a parameter `kl`, it gets the value of --kl.
 
 def on_one_grid(labels, *maps):
-    """The maps and, last, the labels at crop/8, rounded up, the grid of a teacher of stride 8."""
+    """The maps, then the labels, at crop/8, rounded up. A teacher of stride 8 has this grid."""
     grid = [-(-side // 8) for side in labels.shape[1:]]
     nearest = F.interpolate(labels[:, None].float(), grid, mode="nearest-exact")[:, 0].long()
-    # a map that shrinks more than twice is antialiased: without it most of mit_nano's logits would
-    # get no gradient. CUDA has no deterministic form of it
+    # a map that shrinks by a factor above 2 is antialiased. Otherwise most of mit_nano's logits
+    # would get no gradient. CUDA has no deterministic antialiased resize
     return *(resize(x, grid, antialias=x.shape[-1] > 2 * grid[-1]) for x in maps), nearest
 
 
@@ -463,52 +471,53 @@ def ce(S, T, labels):
 
 
 def kd(S, T, labels):
-    logits = on_one_grid(labels, S.logits, T.logits)
-    return {"ce": cross_entropy(S.logits, labels), "kd": kd_loss(*logits)}
+    z_S, z_T, small_labels = on_one_grid(labels, S.logits, T.logits)
+    return {"ce": cross_entropy(S.logits, labels), "kd": kd_loss(z_S, z_T, small_labels)}
 
 
 def cwd(S, T, labels):
-    logits = on_one_grid(labels, S.logits, T.logits)
-    return {"ce": cross_entropy(S.logits, labels), "kd": kd_loss(*logits),
-            "cwd": cwd_loss(*logits)}
+    z_S, z_T, small_labels = on_one_grid(labels, S.logits, T.logits)
+    return {"ce": cross_entropy(S.logits, labels), "kd": kd_loss(z_S, z_T, small_labels),
+            "cwd": cwd_loss(z_S, z_T, small_labels)}
 
 
 def dist(S, T, labels):
-    logits = on_one_grid(labels, S.logits, T.logits)
-    return {"ce": cross_entropy(S.logits, labels), "dist": dist_loss(*logits)}
+    z_S, z_T, small_labels = on_one_grid(labels, S.logits, T.logits)
+    return {"ce": cross_entropy(S.logits, labels), "dist": dist_loss(z_S, z_T, small_labels)}
 
 
 def dkd(S, T, labels):
-    logits = on_one_grid(labels, S.logits, T.logits)
-    return {"ce": cross_entropy(S.logits, labels), "dkd": dkd_loss(*logits)}
+    z_S, z_T, small_labels = on_one_grid(labels, S.logits, T.logits)
+    return {"ce": cross_entropy(S.logits, labels), "dkd": dkd_loss(z_S, z_T, small_labels)}
 
 
 def skd(S, T, labels):
-    maps = on_one_grid(labels, S.before_classifier, T.before_classifier)
-    return kd(S, T, labels) | {"skd": skd_loss(*maps)}
+    map_S, map_T, small_labels = on_one_grid(labels, S.before_classifier, T.before_classifier)
+    return kd(S, T, labels) | {"skd": skd_loss(map_S, map_T, small_labels)}
 
 
 def ifvd(S, T, labels):
-    maps = on_one_grid(labels, S.before_classifier, T.before_classifier)
-    return kd(S, T, labels) | {"ifvd": ifvd_loss(*maps, classes=S.logits.shape[1])}
+    map_S, map_T, small_labels = on_one_grid(labels, S.before_classifier, T.before_classifier)
+    loss = ifvd_loss(map_S, map_T, small_labels, classes=S.logits.shape[1])
+    return kd(S, T, labels) | {"ifvd": loss}
 
 
 def cirkd(S, T, labels):
-    maps = on_one_grid(labels, S.before_classifier, T.before_classifier)
-    return kd(S, T, labels) | {"cirkd": cirkd_loss(*maps)}
+    map_S, map_T, small_labels = on_one_grid(labels, S.before_classifier, T.before_classifier)
+    return kd(S, T, labels) | {"cirkd": cirkd_loss(map_S, map_T, small_labels)}
 
 
 def fitnet(S, T, labels):
     return {"ce": cross_entropy(S.logits, labels), "fitnet": fitnet_loss(*visual_maps(S, T))}
 
 
-# two controls: is it VLFD, or does any hint do? Is it PDD, or does cross-entropy do as well?
-
+# a control: does VLFD help, or would any hint?
 def pdd_fitnet(S, T, labels, kl="forward"):
     return {"pdd": pdd_loss(S.logits, T.logits, labels, kl),
             "fitnet": fitnet_loss(*visual_maps(S, T))}
 
 
+# a control: does PDD help, or would cross-entropy do as well?
 def vlfd(S, T, labels, kl="forward"):
     V_S, V_T = visual_maps(S, T)
     return {"ce": cross_entropy(S.logits, labels),
@@ -517,7 +526,7 @@ def vlfd(S, T, labels, kl="forward"):
             "lc": linguistic_loss(S.embedding, T.embedding, kl)}
 
 
-NEEDS = {"teacher", "A_v", "A_l"}
+NEEDS_ALL = {"teacher", "A_v", "A_l"}
 
 
 @dataclass(frozen=True)
@@ -526,17 +535,17 @@ class Method:
 
     function: (S, T, labels) or (S, T, labels, kl) -> name -> unweighted term.
     weights: of those terms.
-    needs: what the function reads beside the student's own outputs. "teacher" fills T, "A_v" fills
+    needs: what the function reads besides the student's own outputs. "teacher" fills T, "A_v" fills
     S.projected, "A_l" fills both embeddings and needs the pool P.
     """
     function: Callable
     weights: dict
-    needs: frozenset = frozenset({"teacher"})
+    needs: Collection = frozenset({"teacher"})
 
     def __post_init__(self):
-        unknown = set(self.needs) - NEEDS
+        unknown = set(self.needs) - NEEDS_ALL
         if unknown:
-            raise ValueError(f"needs {sorted(unknown)}: a method can need {sorted(NEEDS)}")
+            raise ValueError(f"needs {sorted(unknown)}: a method can need {sorted(NEEDS_ALL)}")
 
     @property
     def has_direction(self):
@@ -549,32 +558,35 @@ class Method:
         return self.function(S, T, labels, **direction)
 
 
-HINT = {"teacher", "A_v"}
-KD = {"ce": 1.0, "kd": 1.0}
-# differs: paper's not known to us, release 0.1, 0.1, 0.5 in its units, here 1, 2, 0.2 in ours
-VLFD = {"gb": 1.0, "pc": 2.0, "lc": 0.2}  # cost at most a point so far
-METHODS = {  # beside each: where its weights come from
-    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD, NEEDS),  # ours, see train.py for shapes
+NEEDS_MAPS = {"teacher", "A_v"}
+KD_WEIGHTS = {"ce": 1.0, "kd": 1.0}
+# differs: we do not know the paper's weights. The release has 0.1, 0.1, 0.5 in its own units. Here
+# they are 1, 2, 0.2 in this file's units, which lowered mIoU by at most one point so far. The data
+# set shapes has others, VLFD_OF_SHAPES in train.py
+VLFD_WEIGHTS = {"gb": 1.0, "pc": 2.0, "lc": 0.2}
+METHODS = {  # at the end of each row: where its weights come from
+    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD_WEIGHTS, NEEDS_ALL),  # ours
     "ce": Method(ce, {"ce": 1.0}, needs=()),  # the student alone
-    "kd": Method(kd, KD),  # CIRKD's scripts
-    "cwd": Method(cwd, KD | {"cwd": 0.3}),  # CIRKD's SegFormer script, logits alone, no adversary
-    "skd": Method(skd, KD | {"skd": 10.0}),  # CIRKD's script, without its adversarial part
-    "ifvd": Method(ifvd, KD | {"ifvd": 20.0}),  # CIRKD's script, without its adversarial part
-    "cirkd": Method(cirkd, KD | {"cirkd": 1.0}),  # CIRKD's script, without its memory banks
+    "kd": Method(kd, KD_WEIGHTS),  # CIRKD's scripts
+    "cwd": Method(cwd, KD_WEIGHTS | {"cwd": 0.3}),  # CIRKD's SegFormer script, no adversary
+    "skd": Method(skd, KD_WEIGHTS | {"skd": 10.0}),  # CIRKD's script, no adversary
+    "ifvd": Method(ifvd, KD_WEIGHTS | {"ifvd": 20.0}),  # CIRKD's script, no adversary
+    "cirkd": Method(cirkd, KD_WEIGHTS | {"cirkd": 1.0}),  # CIRKD's script, no memory banks
     "dist": Method(dist, {"ce": 1.0, "dist": 1.0}),  # its authors' segmentation script
     # at mdistiller's weight 1.0 its gradient in the encoder was 8 times cross-entropy's on CamVid
     "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}),  # ours, chosen on CamVid val
-    "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, HINT),  # CIRKD's script without its KD
-    "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, HINT),  # ours, a control
-    "vlfd": Method(vlfd, {"ce": 1.0} | VLFD, NEEDS),  # ours, a control
+    "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, NEEDS_MAPS),  # CIRKD's script, no KD
+    "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, NEEDS_MAPS),  # ours, a control
+    "vlfd": Method(vlfd, {"ce": 1.0} | VLFD_WEIGHTS, NEEDS_ALL),  # ours, a control
 }
 
 
 def c2vkd_weights(units, c_teacher, embedding=512):
     """The release's weights 0.1, 0.1, 0.5 of C2VKD's feature terms.
 
-    "summed" applies the numbers to our reductions. "released" reproduces the release's units, in
-    which the KL is averaged over every element and the affinity divided by C - 1: nearly inert.
+    "summed" uses them as they stand. The KLs here are sums, so that the terms act. "released"
+    reproduces the release's units, in which the KL is averaged over every element and the affinity
+    divided by C - 1. In these units the terms are nearly inert.
     """
     summed = {"pdd": 1.0, "gb": 0.1, "pc": 0.1, "lc": 0.5}
     released = {"pdd": 1.0, "gb": 0.1 / c_teacher, "pc": 0.1 / (c_teacher - 1) ** 2,

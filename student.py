@@ -27,10 +27,10 @@ class Variant:
     strides: tuple = (4, 2, 2, 2)  # of the patch embeddings
     depths: tuple = (2, 2, 2, 2)  # blocks
     heads: tuple = (1, 2, 5, 8)
-    reductions: tuple = (8, 4, 2, 1)  # of the map of keys and values, a side
+    reductions: tuple = (8, 4, 2, 1)  # how many times smaller the key/value map is per side
     mlp_ratios: tuple = (4, 4, 4, 4)
     width: int = 256  # channels of the decoder
-    drop: float = 0.1  # stochastic depth: the rate of the last block, rising to it from 0
+    drop: float = 0.1  # stochastic depth: rate of the last block, rising linearly from 0
 
 
 B0, B1 = (32, 64, 160, 256), (64, 128, 320, 512)
@@ -71,7 +71,8 @@ class OverlapPatchEmbed(nn.Module):
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v, where d is the number of channels of a head.
 
-    Keys and values come from a map that a convolution makes `sr` times smaller a side.
+    Keys and values come from a map that a convolution makes `sr` times smaller per side. The
+    official name sr means spatial reduction.
     """
 
     def __init__(self, dim, heads, sr):
@@ -195,13 +196,12 @@ def to_map(x, h, w):
 class Decoder(nn.Module):
     """SegFormer's all-MLP head: maps of four stages -> logits (B,K,h_1,w_1), fused (B,D,h_1,w_1).
 
-    D is `width`. The official head interpolates all stages to the first one's size, concatenates
-    them and fuses them with a 1x1 convolution. Such a convolution and bilinear interpolation
-    commute, so here each stage is fused at its own size and then interpolated. Two 1x1 convolutions
-    in a row are one, so the two of a stage are multiplied first. The function is the official one.
-    Its weights have names of our own.
+    D is `width`. The official head brings each stage to D channels with a 1x1 convolution, resizes
+    all to the first one's size, concatenates them and fuses them with another 1x1 convolution. Such
+    convolutions and bilinear interpolation commute. So here a stage's two convolutions are merged
+    into one, which runs before the resizing. Same function, other parameter names.
     """
-    # differs: paper and release put an FPN behind PVT, here all students have this head
+    # differs: the paper and the release put an FPN behind PVT. Here all students have this head
 
     def __init__(self, dims, width, classes):
         super().__init__()
@@ -213,11 +213,11 @@ class Decoder(nn.Module):
 
     def forward(self, maps):
         # the official fusing weights begin with the last stage
-        blocks = self.fuse.weight.flatten(1).chunk(4, dim=1)[::-1]  # D,D each
+        fuse_weights = self.fuse.weight.flatten(1).chunk(4, dim=1)[::-1]  # D,D each
         parts = []  # B,D,h_i,w_i
-        for x, linear, block in zip(maps, self.linears, blocks):
-            weight = block @ linear.weight.flatten(1)  # D,C_i
-            parts.append(F.conv2d(x, weight[:, :, None, None], block @ linear.bias))
+        for x, linear, fuse_weight in zip(maps, self.linears, fuse_weights):
+            weight = fuse_weight @ linear.weight.flatten(1)  # D,C_i
+            parts.append(F.conv2d(x, weight[:, :, None, None], fuse_weight @ linear.bias))
         fused = parts[0]
         for part in parts[1:]:
             fused = fused + F.interpolate(part, fused.shape[2:], mode="bilinear")
@@ -249,12 +249,12 @@ class Student(nn.Module):
 class StudentWithHeads(nn.Module):
     """What is trained: the student and two heads that the losses need and nobody deploys.
 
-    (B,3,H,W) -> the student's Outputs with `projected` and `embedding` filled. The first is
-    A_v(F^S) (B,C_T,h_4,w_4), by a 1x1 convolution without bias. The second is e^S = A_l(F^S)
-    (B,512), by the mean over positions and such a convolution.
+    (B,3,H,W) -> the student's Outputs, with up to two more fields filled.
+    projected: A_v(F^S) (B,C_T,h_4,w_4). A_v is a 1x1 convolution.
+    embedding: e^S = A_l(F^S) (B,512). A_l is a mean over positions, then a 1x1 convolution.
 
-    c_teacher: C_T, None for a student that has no teacher and no heads. seed: of the heads.
-    needs: the names of the heads that the method reads, A_v and A_l, the others are left out.
+    c_teacher: C_T, None for a student that has no teacher and no heads.
+    seed: draws the heads' weights. needs: which of A_v and A_l to build. Other names are ignored.
     """
 
     def __init__(self, student, c_teacher=None, seed=0, needs=("A_v", "A_l")):
@@ -262,14 +262,14 @@ class StudentWithHeads(nn.Module):
         self.student, self.heads = student, nn.ModuleDict()
         if c_teacher is None:
             return
-        # a generator apart, so that the students of all methods start from the same weights
+        # a separate random state, so that the student's own draws do not depend on the heads
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             A_v = nn.Conv2d(student.channels, c_teacher, 1, bias=False)
-            # differs: paper states no A_l, release has P itself in one file and a mean with a 1x1
-            # convolution in another, here the latter, and it is trained
+            # differs: the paper states no A_l. The release has P itself in one file, and a mean and
+            # a 1x1 convolution in another. Here it is the latter, and it is trained
             A_l = nn.Conv2d(student.channels, 512, 1, bias=False)
-            # both are drawn even where one is needed, so that A_v starts alike in all methods
+            # both are drawn even if only one is needed: A_v then starts equal in all methods
             heads = nn.ModuleDict({"A_v": A_v, "A_l": A_l}).apply(initialise_layer)
         self.heads.update({name: head for name, head in heads.items() if name in needs})
 
@@ -359,7 +359,7 @@ def official_name(name):
     part, _, rest = name.removeprefix(HUGGING_FACE).partition(".")
     stage, _, rest = rest.partition(".")
     if not stage.isdecimal():
-        return name  # no name of theirs, so that the file will be refused
+        return name  # unknown name: kept, so that load_strictly refuses the file
     if part == "layer_norm":
         part = "norm"
     official = f"{part}{int(stage) + 1}.{rest}"  # stages count from 0 there, from 1 here

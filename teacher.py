@@ -23,7 +23,7 @@ from losses import Outputs
 
 CLIP_RN101_SHA256 = "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"
 EMBEDDING = 512  # coordinates of e^T and e^S, as CLIP RN101 has them
-HEAD = 64  # channels of a head of the attention pool, as in CLIP
+HEAD_CHANNELS = 64  # of each head of the attention pool, as in CLIP
 
 
 # ---------------------------------------------------------------- the kinds of teacher
@@ -37,17 +37,18 @@ class Kind:
     layer classifies.
     channels: C_T, a multiple of 64.
     imagenet: torchvision's ImageNet weights of the backbone, None where there are none.
-    aside: beginnings of the names in such a file that are no part of the backbone.
+    ignore_prefixes: of the names of tensors in that file that the backbone lacks.
     """
     build: Callable
     channels: int
     imagenet: object = None
-    aside: tuple = ("fc.", "classifier.")
+    ignore_prefixes: tuple = ("fc.", "classifier.")
 
     def __post_init__(self):
-        if self.channels < HEAD or self.channels % HEAD:
+        if self.channels < HEAD_CHANNELS or self.channels % HEAD_CHANNELS:
             raise ValueError(f"channels={self.channels}: the heads of the attention pool have "
-                             f"{HEAD} channels each, so that a teacher needs a multiple of {HEAD}")
+                             f"{HEAD_CHANNELS} channels each, so that a teacher needs a multiple "
+                             f"of {HEAD_CHANNELS}")
 
 
 def torchvision_net(name):
@@ -63,9 +64,9 @@ def _mobilenet_v2(classes):
 
     That is the last linear bottleneck, with 320 channels and no activation behind it.
     """
-    # features.18 would widen it to 1,280 channels. On CamVid (base 160, crop 128, 1,000 steps, 60
-    # held-out frames) that teacher reaches 40.9 mIoU and this one 40.5, but its step takes 0.69 s
-    # and this one's 0.47 s
+    # stopping before features.18, which has 1,280 channels, gives 40.5 instead of 40.9 mIoU on
+    # CamVid, but takes 0.47 s instead of 0.69 s per step. That was at base 160 and crop 128,
+    # for 1,000 steps and on 60 held-out frames
     features = models.mobilenet_v2(weights=None).features[:18]
     for index in range(14, 18):  # the last stage is dilated instead of strided
         depthwise = features[index].conv[1][0]
@@ -78,7 +79,7 @@ def _mobilenet_v2(classes):
 
 
 def _resnet10(classes):
-    """DeepLabV3 on a ResNet with one block a stage, without max-pooling, at stride 8.
+    """DeepLabV3 on a ResNet with one block per stage, without max-pooling, at stride 8.
 
     It is ours, for small images on a CPU.
     """
@@ -103,7 +104,7 @@ TEACHERS = {
     "deeplabv3_mobilenet_v2": Kind(
         _mobilenet_v2, channels=320,
         imagenet=models.MobileNet_V2_Weights.IMAGENET1K_V1,
-        aside=("18.", "classifier.")),  # its last convolution lies behind F^T
+        ignore_prefixes=("18.", "classifier.")),  # 18 is the convolution after F^T
     "deeplabv3_resnet10": Kind(_resnet10, channels=512),
 }
 
@@ -117,8 +118,8 @@ class Teacher(nn.Module):
     classifier (B,D,h,w). On a ResNet h and w are H/8 and W/8, on a MobileNet H/16 and W/16.
     name: a row of TEACHERS.
     """
-    # differs: paper and release have DeepLabV3+ of stride 16, here torchvision's DeepLabV3, which
-    # lacks the low-level branch
+    # differs: the paper and the release have DeepLabV3+ of stride 16. Here it is torchvision's
+    # DeepLabV3, which lacks the low-level branch
 
     def __init__(self, name, classes):
         super().__init__()
@@ -133,18 +134,18 @@ class Teacher(nn.Module):
                     module.momentum = 0.1
 
     def forward(self, x):
-        # differs: paper has the last encoder feature, release this or, in one file, the ASPP's map,
-        # here the paper's, which is layer4 of a ResNet
+        # differs: the paper takes the last encoder feature. The release takes this in one file and
+        # the ASPP's map in another. Here it is the paper's, which is layer4 of a ResNet
         feature = self.backbone(x)["out"]  # B,C_T,h,w
-        before = feature
+        before_classifier = feature
         *head, classify = self.classifier
         for layer in head:
-            before = layer(before)
-        return Outputs(classify(before), feature, before)
+            before_classifier = layer(before_classifier)
+        return Outputs(classify(before_classifier), feature, before_classifier)
 
     def freeze(self):
-        """No gradients, and BatchNorm on its running statistics, as distillation needs it."""
-        self.zero_grad()
+        """Fix it for distillation. eval() makes BatchNorm use its running statistics."""
+        self.zero_grad()  # frees the memory of the gradients it was trained with
         return self.requires_grad_(False).eval()
 
 
@@ -168,7 +169,7 @@ def initialise(teacher, name, source):
         # torchvision's MobileNet files call layer 0 "features.0", their backbones "0"
         state = {key.removeprefix("features."): value for key, value in state.items()}
         left = load_strictly(teacher.backbone, state, source, f"the backbone of {name}", remedy,
-                             aside=TEACHERS[name].aside)
+                             aside=TEACHERS[name].ignore_prefixes)
     else:
         wanted = f"{name} with the classes of this data set"
         left = load_strictly(teacher, state, source, wanted, remedy, aside=("aux_classifier.",))
@@ -188,7 +189,7 @@ def published(name, source):
 
 
 def is_backbone(state):
-    """Whether a state dict is a backbone's alone. A finished teacher has names in backbone."""
+    """Whether a state dict is a backbone's alone, without the "backbone." of a finished teacher."""
     return not any(str(key).startswith("backbone.") for key in state)
 
 
@@ -205,7 +206,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, channels, grid, embedding=EMBEDDING):
         super().__init__()
-        self.grid, self.heads = grid, channels // HEAD
+        self.grid, self.heads = grid, channels // HEAD_CHANNELS
         tokens = 1 + grid * grid
         positions = torch.randn(tokens, channels) / channels ** 0.5
         self.positional_embedding = nn.Parameter(positions)
@@ -230,8 +231,8 @@ class AttentionPool(nn.Module):
 
 
 def pool_grid(teacher, crop, device):
-    """Positions a side of P for this frozen teacher and square crops of `crop` pixels."""
-    # differs: paper states no grid, release 16x16, here 16x16 and at most F^T's own positions
+    """Side of P's grid for this frozen teacher and square crops of `crop` pixels."""
+    # differs: the paper states no grid, the release has 16x16. Here it is 16x16, at most F^T's
     image = torch.zeros(1, 3, crop, crop, device=device)
     return min(16, teacher(image).feature.shape[-1])
 
@@ -240,10 +241,10 @@ class PoolFitter(nn.Module):
     """Stage 2: F^T (B,C_T,h,w) -> logits (B,K) of "class k is in this crop".
 
     CLIP's pool names what a picture shows in the space of its sentences. Ours does so in the space
-    of K learned word vectors, one a class. It is fitted by multi-label binary cross-entropy on the
-    frozen teacher's features.
+    of K learned word vectors, one per class. It is fitted by multi-label binary cross-entropy on
+    the frozen teacher's features.
     """
-    # differs: paper has a pool as in DenseCLIP, the release's weights are missing, here it is
+    # differs: the paper has a pool as in DenseCLIP, and the release lacks its weights. Here it is
     # fitted on the teacher or read from CLIP RN101
 
     def __init__(self, channels, grid, classes):
@@ -257,15 +258,16 @@ class PoolFitter(nn.Module):
 
 def presence(labels, classes):
     """Which classes occur in labels (B,H,W), where 255 is ignored -> float (B,K) of 0 and 1."""
-    column = labels.clamp(max=classes).flatten(1)  # ignored pixels go into one column more
+    column = labels.clamp(max=classes).flatten(1)  # ignored pixels go into an extra column
     present = torch.zeros(len(labels), classes + 1, device=labels.device)
     return present.scatter_(1, column, 1)[:, :classes]
 
 
 def average_precision(scores, truth):
-    """Scores and truth (M,K) of M crops -> (K,) in [0, 1], NaN for a class without positives.
+    """Average precision of each class (K,) in [0, 1], NaN for a class without positives.
 
-    The crops are sorted by score. The precision is averaged over the positives of each class.
+    scores, truth: (M,K) of M crops. The crops are sorted by score, and the precision is averaged
+    over the positives.
     """
     order = scores.argsort(0, descending=True)
     hits = truth.gather(0, order)
@@ -288,7 +290,8 @@ def load_clip_pool(path, channels, grid):
     state = {name.removeprefix(prefix): tensor.float()
              for name, tensor in read_clip(path).items() if str(name).startswith(prefix)}
     pool = AttentionPool(channels, grid=7)
-    load_strictly(pool, state, path, f"CLIP RN101, {prefix}*", "RN50's have another size")
+    load_strictly(pool, state, path, f"CLIP RN101, {prefix}*",
+                   "give RN101's file: RN50's tensors have other sizes")
     mean, places = pool.positional_embedding.detach().split([1, 49])
     places = places.T.reshape(1, channels, 7, 7)
     places = F.interpolate(places, (grid, grid), mode="bilinear").flatten(2)[0].T  # g*g,C_T

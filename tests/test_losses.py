@@ -26,7 +26,7 @@ KL = ("forward", "reverse")
 
 
 # ---------------------------------------------------------------- oracles
-# Of student, teacher and labels: the summands.
+# Each takes student, teacher and labels, and returns the summands.
 
 def at_places(V):
     """The vectors of a map, image by image, row by row."""
@@ -471,7 +471,7 @@ def literal_cross_entropy(z, labels):
 
 
 def by_pixel(name):
-    """Of logits and labels: our values of all pixels (B,H,W), and those of the definition."""
+    """Our form and the definition: from logits and labels to the values of all pixels (B,H,W)."""
     if name == "margin":
         return losses.margin, literal_margin
 
@@ -545,7 +545,7 @@ def test_released_weights_reproduce_the_released_objective():
 
 # ---------------------------------------------------------------- what each method reads
 
-OF_METHOD = {  # its terms, and what they read beside the student's own outputs
+OF_METHOD = {  # its terms, and what they read besides the student's own outputs
     "c2vkd": ("pdd gb pc lc", "teacher A_v A_l"),
     "ce": ("ce", ""),
     "kd": ("ce kd", "teacher"),

@@ -483,7 +483,7 @@ def test_clip_pool_is_read_with_its_positions_resized(tmp_path, clip_state):
     ({"weight": torch.zeros(1)}, 2048, "not CLIP RN101"),
     ([torch.zeros(1)], 2048, "not CLIP RN101"),
     ({1: 2}, 2048, "not CLIP RN101"),
-    ("RN50", 2048, "RN50's have another size"),
+    ("RN50", 2048, "RN50's tensors have other sizes"),
     ("RN101", 960, "--clip needs a ResNet teacher")])
 def test_a_file_that_is_not_clip_rn101_is_refused(tmp_path, clip_state, content, channels, found):
     path = tmp_path / "RN101.pt"
