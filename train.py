@@ -10,8 +10,8 @@ Stage 1 trains the teacher (`train_teacher`), stage 2 fits the pool P (`fit_pool
 """
 import os
 
-# Threads that wait for each other on a busy machine must soon stop burning its cores. OpenMP reads
-# this once, when torch is imported
+# Idle OpenMP threads spin and slow a busy machine. This makes them sleep soon. It is read when torch
+# is imported
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import csv
@@ -52,29 +52,29 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
 
     run: the Run of the student. weights: what its encoder starts from, see `load_encoder`.
     teacher, pool: frozen, None where the method needs none. to_beat: the teacher's mIoU on val.
-    Once a validation of the student exceeds it, only the labels count. None: the teacher counts to
-    the end. Returns the student.
+    Once a validation of the student exceeds it, only the labels count. With None the teacher counts
+    to the end. Returns the student.
     """
     stage, method = run.stage, METHODS[run.stage.method]
     torch.manual_seed(stage.seed)
     student = Student(stage.network, len(stage.classes))
     trained = StudentWithHeads(student, teacher and teacher.channels, stage.seed, method.needs)
-    trained = run.place(trained)
-    # one rate for all parameters: biases and norms are not spared weight decay
+    trained = run.to_device(trained)
+    # weight decay for all parameters, also biases and norms
     optimizer = torch.optim.AdamW(trained.parameters(), stage.rate, weight_decay=0.01,
                                   fused=run.machine.cuda)
     checkpoint = Checkpoint(run, trained, optimizer)
     with one_process_first():
-        if not checkpoint.continues:
+        if not checkpoint.resumed:
             load_encoder(student.encoder, stage.network, weights)
     parallel = run.parallel(trained)  # the same network, with gradients averaged over processes
-    in_picture = {"teacher": teacher, "student": student}
+    drawn = {"teacher": teacher, "student": student}
     log = Log(run, checkpoint.step, measured=measured_steps(stage.steps))
     if checkpoint.step == 0:
-        log.write(0, validate(run, 0, student, in_picture))
+        log.write(0, validate(run, 0, student, drawn))
 
-    for step, images, labels in batches(run, checkpoint.step,
-                                        unlabelled="A_v" in method.needs):
+    unlabelled = "A_v" in method.needs  # V^S and V^T need no labels
+    for step, images, labels in batches(run, checkpoint.step, unlabelled):
         set_rate(optimizer, schedule(step, stage.steps, stage.warmup, power=1))
         with run.machine.precision():
             with torch.no_grad():
@@ -84,10 +84,10 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
             S = parallel(images)  # z^S, F^S, A_v(F^S), e^S
             terms = method.terms(S, T, labels, stage.kl)
             loss = total_loss(terms, stage.weights)  # Eq. 10
-            # differs: paper and release learn from the teacher to the end, here while it is better
+            # differs: in the paper and the release the student learns from the teacher to the end,
+            # here only until it beats the teacher on val
             if checkpoint.outgrown:
-                # where processes average gradients, every parameter needs one. The log goes on
-                # showing the teacher's terms
+                # + 0 * loss: where processes average gradients, every parameter needs one
                 loss = cross_entropy(S.logits, labels) + 0 * loss
         if step in log.measured and not checkpoint.outgrown:
             log.add_gradients(terms, cross_entropy(S.logits, labels), student.encoder)
@@ -96,12 +96,12 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
         optimizer.step()
 
         log.add(terms, loss)
-        if run.writes(step):
-            log.close_row(step, optimizer, trained)
-            miou = validate(run, step, student, in_picture) if run.validates(step) else None
+        if run.log_due(step):
+            log.average_row(step, optimizer, trained)
+            miou = validate(run, step, student, drawn) if run.validation_due(step) else None
             log.write(step, miou)
-            if step < stage.steps:
-                checkpoint.judge(miou, to_beat)
+            if step < stage.steps:  # after the last step there is nothing left to learn
+                checkpoint.note_if_outgrown(miou, to_beat)
             checkpoint.save_if_due(step)
     return student.eval()
 
@@ -113,11 +113,11 @@ def train_teacher(run, weights):
     """
     stage = run.stage
     torch.manual_seed(stage.seed)
-    teacher = run.place(Teacher(stage.network, len(stage.classes)))
+    teacher = run.to_device(Teacher(stage.network, len(stage.classes)))
     optimizer = teacher_optimizer(teacher, stage)
     checkpoint = Checkpoint(run, teacher, optimizer)
     with one_process_first():
-        if not checkpoint.continues:
+        if not checkpoint.resumed:
             initialise(teacher, stage.network, weights)
     parallel = run.parallel(teacher)
     log = Log(run, checkpoint.step)
@@ -131,10 +131,10 @@ def train_teacher(run, weights):
         optimizer.step()
 
         log.add(terms, terms["ce"])
-        if run.writes(step):
-            log.close_row(step, optimizer, teacher)
-            in_picture = {"teacher": teacher}
-            miou = validate(run, step, teacher, in_picture) if run.validates(step) else None
+        if run.log_due(step):
+            log.average_row(step, optimizer, teacher)
+            drawn = {"teacher": teacher}
+            miou = validate(run, step, teacher, drawn) if run.validation_due(step) else None
             log.write(step, miou)
             checkpoint.save_if_due(step)
     return teacher.freeze()
@@ -145,7 +145,7 @@ def fit_pool(run, teacher):
     stage, classes = run.stage, len(run.stage.classes)
     torch.manual_seed(stage.seed)
     grid = pool_grid(teacher, stage.crop, run.machine.device)
-    fitter = run.place(PoolFitter(teacher.channels, grid, classes))
+    fitter = run.to_device(PoolFitter(teacher.channels, grid, classes))
     optimizer = torch.optim.AdamW(fitter.parameters(), stage.rate, weight_decay=0.01)
     checkpoint = Checkpoint(run, fitter, optimizer)
     parallel = run.parallel(fitter)
@@ -164,8 +164,8 @@ def fit_pool(run, teacher):
         optimizer.step()
 
         log.add(terms, terms["bce"])
-        if run.writes(step):
-            log.close_row(step, optimizer, fitter)
+        if run.log_due(step):
+            log.average_row(step, optimizer, fitter)
             log.write(step)
             checkpoint.save_if_due(step)
     if run.machine.rank == 0 and not (run.folder / "report.txt").exists():
@@ -179,9 +179,10 @@ def fit_pool(run, teacher):
 class Stage:
     """The identity of a stage: what its result depends on. Kept in its last.pt as a dict.
 
-    A run continues only from a last.pt of an equal Stage.
+    A run continues only from a last.pt of an equal Stage. A finished teacher or pool is also used
+    where it differs in MAY_DIFFER alone, see `adopt`.
     """
-    stage: str  # teacher, pool or student
+    stage: str  # its kind: teacher, pool or student
     network: str  # a row of TEACHERS or VARIANTS, or attention_pool
     initial: str  # what it starts from: none, imagenet, or a file's name and digest
     steps: int
@@ -200,29 +201,29 @@ class Stage:
     method: str | None = None
     kl: str | None = None
     teach: str | None = None  # until when the teacher's terms count: outgrown or end
-    val_every: int | None = None  # steps between validations, where they decide on that
+    val_every: int | None = None  # steps between validations, where they can end the teaching
     unlabelled: int = 0  # pictures without labels that the method uses
     teacher: dict | None = None  # the teacher's Stage, or name and digest of a given one
     pool: dict | None = None  # the pool's Stage, or the digest of CLIP's file
 
     def differences(self, saved):
-        """Names of the fields, with both values, in which a saved Stage's dict differs."""
-        return differing(saved, plain(self))
+        """The fields in which a saved Stage's dict differs, as text with both values."""
+        return differing_fields(saved, as_saved(self))
 
 
-def differing(there, here, prefix=""):
+def differing_fields(there, here, prefix=""):
     differences = []
     for name, value in here.items():
         other = there.get(name)
         if isinstance(value, dict) and isinstance(other, dict):
-            differences += differing(other, value, f"{prefix}{name}.")
+            differences += differing_fields(other, value, f"{prefix}{name}.")
         elif value != other:
             differences.append(f"{prefix}{name} (there {shorten(other)}, here {shorten(value)})")
     return differences
 
 
-def plain(stage):
-    """A Stage as a dict of plain values, lists instead of tuples, as it comes back from a file."""
+def as_saved(stage):
+    """A Stage as the dict that comes back from a file: with lists instead of tuples."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(stage).items()}
 
 
@@ -233,17 +234,17 @@ def shorten(value):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how often.
+    """Where a stage runs and how often it reports.
 
     The number of processes and the kind of device change the random numbers of dropout, the
-    precision and the batches of some losses. They are no part of a stage's identity all the same:
-    a run may go on elsewhere.
+    precision and the batches of some losses. Still they are not part of a stage's identity: a run
+    may go on elsewhere.
     """
     device: torch.device
     rank: int = 0
     processes: int = 1
     workers: int = 0  # loader processes
-    log_every: int = 20  # steps a row of log.csv
+    log_every: int = 20  # steps per row of log.csv
     val_every: int | None = None  # steps between validations, None: a quarter of all
 
     @property
@@ -262,15 +263,15 @@ class Run:
     data: DataSet
     folder: Path
     machine: Machine
-    description: dict  # for readers of its last.pt and of its results
+    description: dict  # what evaluate.py must know, saved in last.pt and in the results
 
     @property
     def identity(self):
-        """The Stage as a dict of plain values, as it stands in last.pt."""
-        return plain(self.stage)
+        """The Stage as it stands in last.pt."""
+        return as_saved(self.stage)
 
-    def place(self, module):
-        """The module on the run's device, with BatchNorm over all processes on CUDA."""
+    def to_device(self, module):
+        """The module on the run's device. On CUDA, BatchNorm statistics span all processes."""
         module = module.to(self.machine.device, memory_format=torch.channels_last)
         if self.machine.processes > 1 and self.machine.cuda:
             return torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -283,29 +284,29 @@ class Run:
         ids = [self.machine.device] if self.machine.cuda else None
         return DistributedDataParallel(module, device_ids=ids)
 
-    def validates(self, step):
+    def validation_due(self, step):
         """Whether the networks are validated after `step` steps."""
         every = self.machine.val_every or quarter(self.stage.steps)
         return step % every == 0 or step == self.stage.steps
 
-    def writes(self, step):
+    def log_due(self, step):
         """Whether a row of the log is due after `step` steps."""
         measured = self.stage.stage == "student" and step in measured_at(self.stage.steps)
-        return step % self.machine.log_every == 0 or measured or self.validates(step)
+        return step % self.machine.log_every == 0 or measured or self.validation_due(step)
 
 
 def quarter(steps):
-    """Steps between validations where nobody says."""
+    """The default number of steps between validations: a quarter of the stage, rounded up."""
     return -(-steps // 4)
 
 
 def measured_at(steps):
-    """The steps whose row of the log tells of gradients: a tenth of all, and the last."""
+    """A row of the log with gradients is due after these steps: a tenth of all, and the last."""
     return {max(1, steps // 10), steps}
 
 
 def measured_steps(steps):
-    """The steps whose gradients are measured: the last five up to each of `measured_at`."""
+    """The steps whose gradients are measured: each of `measured_at` and the four before it."""
     return {end - i for end in measured_at(steps) for i in range(5) if end > i}
 
 
@@ -314,8 +315,8 @@ def measured_steps(steps):
 def batches(run, begin, unlabelled=False):
     """(step, images, labels) from the step after `begin` to the last, on the run's device.
 
-    images: (B,3,crop,crop) float32, normalised. labels: (B,crop,crop) int64. The batch is this
-    process's share. unlabelled: pictures without labels take part.
+    images: (B,3,crop,crop) float32, normalised. labels: (B,crop,crop) int64. B is this process's
+    share of the batch. unlabelled: whether pictures without labels take part.
     """
     stage, machine = run.stage, run.machine
     share = stage.batch_size // machine.processes
@@ -329,10 +330,10 @@ def batches(run, begin, unlabelled=False):
     bar = progress(loader, desc=stage.stage, total=stage.steps, initial=begin, unit="step",
                    disable=machine.rank > 0)
     for step, (images, labels) in enumerate(bar, begin + 1):
-        # dropout and stochastic depth are a function of seed, step and process, so that nothing
-        # random has to be saved
-        process = (step - 1) * machine.processes + machine.rank
-        torch.manual_seed(stage.seed + 1_000_003 * (process + 1))
+        # seeded by step and process, so that a resumed run draws the same dropout and needs no
+        # saved state
+        draw = (step - 1) * machine.processes + machine.rank
+        torch.manual_seed(stage.seed + 1_000_003 * (draw + 1))
         images = normalise(images.to(machine.device, non_blocking=True))
         yield (step, images.contiguous(memory_format=torch.channels_last),
                labels.to(machine.device, non_blocking=True).long())
@@ -340,8 +341,12 @@ def batches(run, begin, unlabelled=False):
 
 
 def schedule(step, steps, warmup, power):
-    """Factor on the rate of step 1 ... steps: linear warm-up, (1 - progress)^power, to zero."""
-    # differs: paper polynomial of power 1, release's ends at 0.41 of the rate, here at zero
+    """Factor on the rate: linear warm-up, then (1 - progress)^power, towards zero.
+
+    step: 1 ... steps.
+    """
+    # differs: the paper's schedule is a polynomial of power 1, the release's ends at 0.41 of the
+    # rate, ours at zero
     warmup = min(warmup, steps // 10)
     done = step - 1
     if done < warmup:
@@ -355,8 +360,8 @@ def set_rate(optimizer, factor):
 
 
 def teacher_optimizer(teacher, stage):
-    """AdamW from random weights, the field's usual SGD from ImageNet's or a file's."""
-    # unstated: how the teacher was trained, here the fresh head learns ten times faster
+    """AdamW if it starts from random weights, else the usual SGD."""
+    # unstated: how the teacher was trained. Here the fresh head has ten times the backbone's rate
     if stage.initial == "none":
         return torch.optim.AdamW(teacher.parameters(), stage.rate, weight_decay=0.01)
     return torch.optim.SGD([{"params": teacher.backbone.parameters()},
@@ -364,10 +369,10 @@ def teacher_optimizer(teacher, stage):
                            stage.rate, momentum=0.9, weight_decay=5e-4)
 
 
-def validate(run, step, network, in_picture):
-    """mIoU of `network` on val, in percent, and a picture of those `in_picture`.
+def validate(run, step, network, drawn):
+    """Returns the mIoU of `network` on val, in percent. Saves a picture of the networks in `drawn`.
 
-    At the last step the scores go into results-val.json.
+    At the last step it also saves the scores as results-val.json.
     """
     stage, machine, last = run.stage, run.machine, step == run.stage.steps
     if machine.processes > 1:
@@ -383,7 +388,7 @@ def validate(run, step, network, in_picture):
         if last:
             write_scores(run.folder, "val", result, run.description | {"step": step})
         (run.folder / "pictures").mkdir(exist_ok=True)
-        picture = comparison(run.data, "val", stage.base, stage.crop, in_picture, machine.device)
+        picture = comparison(run.data, "val", stage.base, stage.crop, drawn, machine.device)
         picture.save(run.folder / f"pictures/step{step:06d}.png")
     for module, training in modes.items():
         module.training = training
@@ -391,9 +396,10 @@ def validate(run, step, network, in_picture):
 
 
 class Log:
-    """log.csv of a stage: a row holds means over the steps since the last one.
+    """log.csv of a stage: a row holds means over the steps since the row before.
 
-    measured: the steps whose gradients are given to `add_gradients`.
+    Its `total` is the loss that was trained on. Once a teacher is outgrown, it is no longer the sum
+    of the weighted terms. measured: the steps whose gradients are given to `add_gradients`.
     """
 
     def __init__(self, run, begin, measured=()):
@@ -404,15 +410,16 @@ class Log:
         self.fields += [f"{kind}_{name}" for kind in kinds for name in self.names]
         self.fields += ["val_miou"] if run.stage.stage != "pool" else []
         if run.machine.rank == 0 and begin < run.stage.steps:  # a finished log is only read
-            self.cut(begin)
+            self.drop_rows_after(begin)
         self.values, self.gradients, self.row, self.shown = [], [], {}, ""
         self.began = time.monotonic()
 
-    def cut(self, begin):
+    def drop_rows_after(self, begin):
         """Drop the rows that a killed run wrote after its last checkpoint."""
         rows = []
         if begin and self.path.exists():
             with open(self.path, newline="") as f:
+                # a killed run can leave half a row
                 rows = [row for row in csv.DictReader(f) if None not in row.values()]
             if rows and list(rows[0]) != self.fields:
                 raise InputError(f"{self.path}: its columns are not those of this run; restore it "
@@ -430,11 +437,11 @@ class Log:
         """Keep each term's gradient norm in the encoder and its cosine with cross-entropy's."""
         self.gradients.append(gradient_norms_and_cosines(terms, ce, encoder))
 
-    def close_row(self, step, optimizer, module):
-        """Means of what was added. Raises InputError where a loss or a parameter is not finite.
+    def average_row(self, step, optimizer, module):
+        """Average what was added. Raises InputError where a loss or a parameter is not finite.
 
-        This comes before a validation, whose time does not count, and whose score of a network
-        that is not finite must not be kept.
+        Call it before validating: validation time is not counted, and a network that is not finite
+        must not be scored.
         """
         values = losses.all_sum(torch.stack(self.values)).double().cpu()  # steps, terms and loss
         values /= self.run.machine.processes
@@ -467,7 +474,7 @@ class Log:
     def show(self, step, miou):
         stage = self.run.stage
         scored = "" if miou is None else f" val mIoU {miou:.2f}"
-        if scored or not (sys.stderr and sys.stderr.isatty()):  # a terminal has the bar
+        if scored or not (sys.stderr and sys.stderr.isatty()):  # on a terminal the bar suffices
             tqdm.write(f"{stage.stage} {step}/{stage.steps}: {self.shown}{scored}")
 
     def check_finite(self, step, values, module):
@@ -478,15 +485,17 @@ class Log:
         if bad:
             listed = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.names, values[bad[0]].tolist()))
             first, stage = step - len(values) + bad[0] + 1, self.run.stage
+            remedy = {"teacher": "lower --teacher-lr", "student": "lower --lr",
+                      "pool": "check the teacher's mIoU on val, or change --batch-size"}
             raise InputError(f"{stage.stage}, step {first} of seed {stage.seed}: a loss or its "
                              f"gradient is not finite ({listed}); nothing of it was saved in "
-                             f"{self.run.folder}; lower --lr or --teacher-lr")
+                             f"{self.run.folder}; {remedy[stage.stage]}")
 
 
 def gradient_norms_and_cosines(terms, ce, encoder):
-    """Of each unweighted term: [L2 norm of its gradient in the encoder, cosine with that of `ce`].
+    """[L2 norm, cosine] of each unweighted term's gradient in the encoder.
 
-    Gradients are averaged over processes.
+    The cosine is that with the gradient of `ce`. Gradients are averaged over processes.
     """
     parameters = list(encoder.parameters())
 
@@ -495,27 +504,27 @@ def gradient_norms_and_cosines(terms, ce, encoder):
         flat = torch.cat([losses.at_least_float32(g).flatten() for g in found])
         return losses.all_sum(flat).double() / losses.process_count()
 
-    towards = gradient(ce)
-    return [[g.norm().item(), F.cosine_similarity(g, towards, dim=0).item()]
+    ce_gradient = gradient(ce)
+    return [[g.norm().item(), F.cosine_similarity(g, ce_gradient, dim=0).item()]
             for g in map(gradient, terms.values())]
 
 
 class Checkpoint:
     """last.pt of a stage. Where the folder holds one, the stage continues from it.
 
-    continues: whether it does. step: how many steps are done. outgrown: whether the student was
-    better than its teacher in a validation. Raises InputError where the last.pt belongs to another
-    experiment.
+    resumed: whether a last.pt was found. step: how many steps are done. outgrown: whether the
+    student was better than its teacher in a validation. Raises InputError where the last.pt belongs
+    to another experiment.
     """
-    SAVE_SECONDS = 900  # between saves where validations are rarer
+    SAVE_SECONDS = 900  # after these, save at the next row of the log
 
     def __init__(self, run, module, optimizer):
         self.run, self.module, self.optimizer = run, module, optimizer
         self.path, self.step, self.saved = run.folder / "last.pt", 0, time.monotonic()
         self.outgrown = False
         run.folder.mkdir(parents=True, exist_ok=True)
-        self.continues = agreed(self.path.exists())
-        if self.continues:
+        self.resumed = from_process_0(self.path.exists())
+        if self.resumed:
             self.load()
 
     def load(self):
@@ -526,14 +535,14 @@ class Checkpoint:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.outgrown = state["step"], state.get("outgrown", False)
 
-    def judge(self, miou, to_beat):
-        """Note, and print, where a validation shows that the student has outgrown its teacher."""
+    def note_if_outgrown(self, miou, to_beat):
+        """Note, and print, that a validation shows the student to be better than its teacher."""
         judged = not self.outgrown and miou is not None and to_beat is not None
-        if judged and agreed(miou > to_beat):
+        if judged and from_process_0(miou > to_beat):
             self.outgrown = True
             if self.run.machine.rank == 0:
-                tqdm.write(f"student: better than its teacher, val mIoU {to_beat:.2f}; from here "
-                           "on it learns from the labels alone")
+                tqdm.write(f"student: val mIoU {miou:.2f} beats its teacher's {to_beat:.2f}; from "
+                           "here on it learns from the labels alone")
 
     def save(self, step):
         """Write last.pt. Raises KeyboardInterrupt where a signal asked for the end."""
@@ -547,9 +556,9 @@ class Checkpoint:
                                     "run the same command again to continue")
 
     def save_if_due(self, step):
-        """Save with each validation, every quarter of an hour, and where a signal asks for it."""
+        """Save after a validation, where SAVE_SECONDS are over, or where a signal asks for it."""
         late = time.monotonic() - self.saved > self.SAVE_SECONDS
-        if self.run.validates(step) or any_process(late or Stop.asked):
+        if self.run.validation_due(step) or any_process(late or Stop.asked):
             self.save(step)
 
 
@@ -567,8 +576,8 @@ def refuse_another_stage(path, stage, saved):
     if found:
         remedy = {"teacher": "choose another --out", "pool": "delete its folder",
                   "student": "choose another --out or --name"}[stage.stage]
-        raise InputError(f"{path}: from a different experiment: {'; '.join(found)}; {remedy}, or "
-                         "give its options")
+        raise InputError(f"{path}: from a different experiment: {'; '.join(found)}; repeat that "
+                         f"run's options, or {remedy}")
 
 
 # ---------------------------------------------------------------- several processes
@@ -578,8 +587,8 @@ def barrier():
         dist.barrier()
 
 
-def agreed(value):
-    """What process 0 found, told to all: none waits for others where a network disk lags."""
+def from_process_0(value):
+    """Process 0's value for all, so that none waits alone where a network disk lags."""
     found = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
@@ -597,7 +606,7 @@ def any_process(flag):
 
 @contextmanager
 def one_process_first():
-    """Process 0 does what follows alone, a download for instance, then the others do it."""
+    """Process 0 does what follows first and alone, a download for instance, then the others."""
     if dist.is_initialized() and dist.get_rank() > 0:
         barrier()
     yield
@@ -639,18 +648,18 @@ def train(args, machine):
         pool, pool_identity = get_pool(plan, args, teacher, teacher_run)
     for method in plan.methods:
         needs = METHODS[method].needs
-        run = plan.student(method, teacher_run if "teacher" in needs else None,
+        run = plan.student_run(method, teacher_run if "teacher" in needs else None,
                            pool_identity if "A_l" in needs else None)
         to_beat = None
         if run.stage.teach == "outgrown":
-            to_beat = agreed(score_to_beat(plan, teacher, teacher_run, entries))
-        with at_work(run):
+            to_beat = from_process_0(score_to_beat(plan, teacher, teacher_run, entries))
+        with locked_unless_finished(run):
             student = distil(run, args.student_weights, teacher if "teacher" in needs else None,
                              pool if "A_l" in needs else None, to_beat)
         add_entry(entries, "student alone" if method == "ce" else f"student {method}", student, run)
     if machine.rank == 0:
         if plan.methods and "student alone" not in entries:
-            add_student_alone(entries, plan.student("ce"))
+            add_student_alone(entries, plan.student_run("ce"))
         report_run(plan, run if plan.methods else teacher_run, entries)
 
 
@@ -662,7 +671,7 @@ class Plan:
         self.root = Path(args.out) / args.dataset
         self.val_every = args.val_every or quarter(args.steps)
         self.methods = [args.method]
-        if args.both:
+        if args.student_alone_too:
             self.methods = ["ce", "c2vkd"]
         if args.method == "teacher":
             self.methods = []
@@ -675,7 +684,7 @@ class Plan:
             **digests)
 
     def run(self, stage, folder, **more):
-        """A Run, and what its files say of it to evaluate.py."""
+        """A Run. `more` goes into the description that evaluate.py reads."""
         description = {
             "name": stage.network, "dataset": stage.dataset, "classes": list(stage.classes),
             "data": self.args.data and os.path.abspath(self.args.data),
@@ -683,7 +692,7 @@ class Plan:
             "base": stage.base, "window": stage.crop, **more}
         return Run(stage, self.data, folder, self.machine, description)
 
-    def teacher(self):
+    def teacher_run(self):
         args = self.args
         stage = Stage(
             stage="teacher", network=args.teacher,
@@ -692,7 +701,7 @@ class Plan:
         seed = f"-seed{args.teacher_seed}" if args.teacher_seed else ""
         return self.run(stage, self.root / f"teacher-{args.teacher}{seed}")
 
-    def pool(self, teacher):
+    def pool_run(self, teacher):
         """teacher: the Run of a trained one, or the GivenTeacher."""
         args = self.args
         stage = Stage(
@@ -701,7 +710,7 @@ class Plan:
             **self.common)
         return self.run(stage, teacher.folder / "pool")
 
-    def student(self, method, teacher=None, pool=None):
+    def student_run(self, method, teacher=None, pool=None):
         """teacher: a Run or a GivenTeacher. pool: identity of the pool. None where not needed."""
         args, needs = self.args, METHODS[method].needs
         asked = method == args.method
@@ -720,19 +729,23 @@ class Plan:
         label = None
         if asked and args.name:
             name, label = args.name, args.name.removesuffix(f"-seed{args.seed}")
-        everything = plain(stage)
-        names = "weights", "kl", "teach", "val_every", "unlabelled", "pool"
-        options = {name: everything.pop(name) for name in names}
-        apart = {k: everything.pop(k) for k in ("method", "seed", "teacher")}
-        conditions = everything | {"teacher_identity": apart["teacher"]}
+        # in a comparison, options may differ between names, conditions must be equal in all runs
+        option_names = "weights", "kl", "teach", "val_every", "unlabelled", "pool"
+        conditions = as_saved(stage)
+        options = {name: conditions.pop(name) for name in option_names}
+        conditions["teacher_identity"] = conditions.pop("teacher")  # one comparison per teacher
+        del conditions["method"], conditions["seed"]
         return self.run(stage, self.root / name, label=label, method=method, seed=args.seed,
                         conditions=conditions, options=options)
 
 
 def open_labelled(args):
-    """The data and its two digests in a Stage. Raises InputError for data that cannot train."""
+    """The DataSet, and the digests of labels and pictures that a Stage keeps.
+
+    Raises InputError for data that cannot train.
+    """
     cache = Path(args.out) / args.dataset / "labels.json"
-    with one_process_first():  # it draws or downloads, and reads all labels
+    with one_process_first():  # process 0 draws or downloads, and reads all labels
         data = open_dataset(args.dataset, args.data)
         cache.parent.mkdir(parents=True, exist_ok=True)
         scan = scan_labels(data, cache)
@@ -742,7 +755,7 @@ def open_labelled(args):
 
 
 def digest_of_pictures(data):
-    """Of the names and sizes of the pictures that are trained on or validated."""
+    """Digest of the names and sizes of the pictures that are trained on or validated."""
     digest = hashlib.sha256()
     for split in ("train", "val", "unlabelled"):
         for picture, _ in data.pairs.get(split, ()):
@@ -756,16 +769,16 @@ def check_early(plan, args):
     if args.batch_size % machine.processes:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the "
                          f"{machine.processes} processes")
-    alone_on_a_cpu = not machine.cuda and args.batch_size == machine.processes
-    if "teacher" in plan.needs and alone_on_a_cpu:
+    one_image_per_process = args.batch_size == machine.processes
+    if "teacher" in plan.needs and one_image_per_process and not machine.cuda:
         raise InputError(f"--batch-size {args.batch_size}: the teacher's BatchNorm needs two "
-                         f"images a process on CPUs; take {2 * machine.processes} or more")
-    if args.clip:
+                         f"images per process on CPUs; take {2 * machine.processes} or more")
+    if args.clip:  # only to see whether it fits
         load_clip_pool(args.clip, TEACHERS[args.teacher].channels, grid=16)
     for method in plan.methods:
         refuse_early(plan, method)
-    lasts = [plan.student(method).folder / "last.pt" for method in plan.methods]
-    if not agreed(all(last.exists() for last in lasts)):
+    checkpoints = [plan.student_run(method).folder / "last.pt" for method in plan.methods]
+    if not from_process_0(all(path.exists() for path in checkpoints)):
         with one_process_first():
             student = Student(args.student, len(plan.data.classes))
             left = load_encoder(student.encoder, args.student, args.student_weights)
@@ -775,15 +788,15 @@ def check_early(plan, args):
 
 def refuse_early(plan, method):
     """Raise InputError where the student's folder holds another experiment than planned."""
-    run, needs = plan.student(method), METHODS[method].needs
+    run, needs = plan.student_run(method), METHODS[method].needs
     last = run.folder / "last.pt"
-    if not agreed(last.exists()):
+    if not from_process_0(last.exists()):
         return
     saved = read_last(last)["stage"]
-    # the pool, and the identity of a given teacher, are known later
+    # the pool and a given teacher are not known yet, so take the saved ones
     known = replace(run.stage, teacher=saved["teacher"], pool=saved["pool"])
     if "teacher" in needs and not is_finished_teacher(plan.args.teacher_weights):
-        known = replace(known, teacher=adopt(plan.teacher(), quiet=True).identity)
+        known = replace(known, teacher=adopt(plan.teacher_run(), quiet=True).identity)
     refuse_another_stage(last, known, saved)
 
 
@@ -804,8 +817,8 @@ def announce(plan, args):
 
 
 @contextmanager
-def at_work(run):
-    """Two runs never train in one folder. Finished stages may be read by many."""
+def locked_unless_finished(run):
+    """Lock the folder while a stage trains. A finished stage is only read and needs no lock."""
     last = run.folder / "last.pt"
     finished = last.exists() and read_last(last)["step"] == run.stage.steps
     if run.machine.rank > 0 or finished:
@@ -815,22 +828,22 @@ def at_work(run):
             yield
 
 
-# Fields in which a finished teacher or pool may differ from what is asked
+# Fields in which a finished teacher or pool may differ from what the command line asks for
 MAY_DIFFER = ("batch_size", "base", "crop", "scale", "rate", "warmup")
 
 
 def adopt(run, quiet=False):
-    """The run, or that of the finished stage in its folder if only MAY_DIFFER fields differ.
+    """Returns the Run of the finished stage in the folder, if only MAY_DIFFER fields differ.
 
-    A NOTE says so, unless quiet.
+    Else it returns `run`. A NOTE tells of the differences, unless quiet.
     """
     path = run.folder / "last.pt"
-    if not agreed(path.exists()):
+    if not from_process_0(path.exists()):
         return run
     last = read_last(path)
     saved = {k: last["stage"].get(k) for k in MAY_DIFFER}
-    loose = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    adopted = replace(run.stage, **loose)
+    saved_fields = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    adopted = replace(run.stage, **saved_fields)
     finished = last["step"] == last["stage"].get("steps")
     if adopted == run.stage or not finished or adopted.differences(last["stage"]):
         return run
@@ -844,7 +857,7 @@ def adopt(run, quiet=False):
 # ---------------------------------------------------------------- the teacher and the pool
 
 def identity_of_weights(source):
-    """none, imagenet or voc as they are. A file by its name and content, wherever it lies."""
+    """none, imagenet or voc as they are. A file's name and digest, wherever it lies."""
     if source in ("none", "imagenet", "voc"):
         return source
     return f"{Path(source).name}, sha256 {digest_of(source)}"
@@ -876,11 +889,11 @@ def is_finished_teacher(source):
 
 
 def get_teacher(plan, args, entries):
-    """Train the teacher or read the given one -> (it, frozen, and its Run or GivenTeacher)."""
+    """Train the teacher or read the given one. Returns it, frozen, and its Run or GivenTeacher."""
     if is_finished_teacher(args.teacher_weights):
         return given_teacher(plan, args, entries)
-    run = adopt(plan.teacher())
-    with at_work(run):
+    run = adopt(plan.teacher_run())
+    with locked_unless_finished(run):
         teacher = train_teacher(run, args.teacher_weights)
     add_entry(entries, "teacher", teacher, run)
     return teacher, run
@@ -909,20 +922,21 @@ def given_teacher(plan, args, entries):
             initialise(teacher, args.teacher, source)
     teacher = teacher.to(plan.machine.device, memory_format=torch.channels_last).freeze()
     weights = identity_of_weights(source)
+    digest_or_voc = weights.split()[-1]
     given = GivenTeacher({"network": args.teacher, "weights": weights},
-                         plan.root / f"teacher-{args.teacher}-{weights.split()[-1]}")
+                         plan.root / f"teacher-{args.teacher}-{digest_or_voc}")
     entries["teacher"] = teacher, scores_of_given(plan, args, teacher, given), None
     return teacher, given
 
 
 def scores_of_given(plan, args, teacher, given):
-    """Scores on val of a given teacher. Measured and printed once, then read."""
+    """Scores on val of a given teacher. They are measured and printed once, then read."""
     path = given.folder / "results-val.json"
-    conditions = {name: plan.common[name] for name in ("labels", "pictures", "base", "crop")}
-    if agreed(path.exists()):
+    scored_with = {name: plan.common[name] for name in ("labels", "pictures", "base", "crop")}
+    if from_process_0(path.exists()):
         with suppress(InputError):  # what cannot be read is measured again
             known = read_scores(path)
-            if known["conditions"] == conditions:
+            if known["conditions"] == scored_with:
                 return known
     machine = plan.machine
     matrix = evaluate(teacher, plan.data, "val", args.base, args.crop, machine.device,
@@ -930,7 +944,7 @@ def scores_of_given(plan, args, teacher, given):
     result = scores(matrix)
     if machine.rank == 0:
         given.folder.mkdir(parents=True, exist_ok=True)
-        write_scores(given.folder, "val", result, {"conditions": conditions})
+        write_scores(given.folder, "val", result, {"conditions": scored_with})
     row = f"teacher {args.teacher}", count_parameters(teacher), None, result
     print(table([row], plan.data.classes))
     if result["miou"] <= commonest(matrix):
@@ -940,20 +954,20 @@ def scores_of_given(plan, args, teacher, given):
 
 
 def get_pool(plan, args, teacher, teacher_run):
-    """Fit the pool on the teacher or read CLIP's -> (it, frozen, and its identity)."""
+    """Fit the pool on the teacher or read CLIP's. Returns it, frozen, and its identity."""
     if args.clip:
         grid = pool_grid(teacher, args.crop, plan.machine.device)
         pool = load_clip_pool(args.clip, teacher.channels, grid)
         return pool.to(plan.machine.device), {"clip": digest_of(args.clip)}
-    run = adopt(plan.pool(teacher_run))
-    with at_work(run):
+    run = adopt(plan.pool_run(teacher_run))
+    with locked_unless_finished(run):
         return fit_pool(run, teacher), run.identity
 
 
 def score_to_beat(plan, teacher, teacher_run, entries):
     """mIoU of the teacher on val, at the size at which the student is validated."""
     base, crop = plan.common["base"], plan.common["crop"]
-    # an adopted teacher was scored at its own size, a given one at this size
+    # an adopted teacher was scored at its own size, a given one at this
     trained_here = isinstance(teacher_run, Run)
     if trained_here and (teacher_run.stage.base, teacher_run.stage.crop) != (base, crop):
         matrix = evaluate(teacher, plan.data, "val", base, crop, plan.machine.device,
@@ -966,10 +980,10 @@ def score_to_beat(plan, teacher, teacher_run, entries):
 def report_pool(run, fitter, teacher):
     """Print the pool's mean average precision on val crops beside the class-frequency baseline.
 
-    The words also go into report.txt, so that they are printed once.
+    The text also goes into report.txt and is not made again.
     """
     stage, classes, pairs = run.stage, run.stage.classes, run.data.pairs["val"]
-    val = replace(run.data, pairs={"train": pairs})
+    val = replace(run.data, pairs={"train": pairs})  # posing as train, to be cropped
     crops = TrainStream(val, stage.seed, stage.base, stage.crop, (1, 1), len(pairs))
     fitter.eval()
     answers, truth = [], []
@@ -979,13 +993,13 @@ def report_pool(run, fitter, teacher):
             feature = teacher(normalise(image[None].to(run.machine.device))).feature
             answers.append(fitter(feature).float().cpu())
         truth.append(presence(label[None].long(), len(classes)))
-    text = words_of_pool(torch.cat(answers), torch.cat(truth), classes)
+    text = pool_report_text(torch.cat(answers), torch.cat(truth), classes)
     write_atomically(run.folder / "report.txt", f"{text}\n".encode())
     print(text)
 
 
-def words_of_pool(answers, truth, classes):
-    """answers: logits (M,K) of M crops. truth: which classes occur in them (M,K)."""
+def pool_report_text(answers, truth, classes):
+    """The report as text. answers: logits of M crops (M,K). truth: their classes, 0 or 1 (M,K)."""
     frequency = truth.mean(0)
     some = (frequency > 0) & (frequency < 1)
     if not some.any():
@@ -994,8 +1008,8 @@ def words_of_pool(answers, truth, classes):
     precision = average_precision(answers, truth)[some].mean()
     always = ", ".join(name for name, f in zip(classes, frequency) if f == 1)
     return (f"pool: mean average precision on {len(truth)} val crops {100 * precision:.1f}, class "
-            f"frequency alone {100 * frequency[some].mean():.1f}; in every crop, so that they "
-            f"teach nothing: {always or '-'}")
+            f"frequency alone {100 * frequency[some].mean():.1f}; in every crop (nothing to "
+            f"learn): {always or 'none'}")
 
 
 # ---------------------------------------------------------------- the report
@@ -1037,9 +1051,10 @@ def report_run(plan, run, entries):
 
 # base: short side of the images at scale 1, for training and evaluation alike.
 # scale: range of the random resizing.
-# differs: paper's schedule is known for Cityscapes alone, release's VOC script takes 6 images a GPU
-# and 3,670 steps, here crop, batch and steps are the paper's for Cityscapes, the field's for others
-# unstated: how long the teacher was trained, here its steps and the CPU recipes are ours
+# differs: the paper states its schedule for Cityscapes alone, and the release's VOC script takes 6
+# images per GPU and 3,670 steps. Here crop, batch and steps are the paper's for Cityscapes and the
+# usual ones for the other data sets
+# unstated: how long the teacher was trained. Its steps and the CPU recipes are ours
 FULL = dict(
     base=512, crop=512, scale=(0.5, 2.0), batch_size=16, warmup=1500,
     teacher="deeplabv3_resnet101", teacher_weights="imagenet", pool_steps=2000,
@@ -1048,22 +1063,22 @@ RECIPES = {
     "cityscapes": FULL | dict(base=1024, batch_size=24, steps=50_000, teacher_steps=40_000),
     "voc": FULL | dict(steps=40_000, teacher_steps=30_000, teacher_weights="voc"),
     "ade20k": FULL | dict(steps=80_000, teacher_steps=80_000),
-    # of your own data, --dataset folder, with a GPU
+    # for your own data, --dataset folder, with a GPU
     "full": FULL | dict(steps=20_000, teacher_steps=20_000, warmup=1000),
-    # of your own data on a CPU: the teacher starts from ImageNet weights, the student from random
+    # for your own data on a CPU: the teacher starts from ImageNet weights, the student from random
     "small": dict(
         base=240, crop=192, scale=(0.75, 1.5), batch_size=8, warmup=80,
         teacher="deeplabv3_mobilenet_v2", teacher_weights="imagenet", teacher_steps=1000,
         pool_steps=100, student="mit_b0", student_weights="none", steps=1600),
-    # of the embedded data set: everything from random weights, in six minutes
+    # for the embedded data set: everything from random weights, in six minutes
     "shapes": dict(
         base=64, crop=64, scale=(1.0, 1.0), batch_size=8, warmup=40,
         teacher="deeplabv3_resnet10", teacher_weights="none", teacher_steps=600,
         pool_steps=60, student="mit_nano", student_weights="none", steps=400),
 }
 
-# On shapes strong feature losses give the largest gain in short training. Under a teacher from
-# ImageNet weights they did harm
+# Ten times the usual weights: best in short training on shapes, harmful under a teacher from
+# ImageNet weights
 VLFD_OF_SHAPES = {"gb": 10.0, "pc": 20.0, "lc": 2.0}
 
 
@@ -1076,12 +1091,12 @@ def parse_options(argv=None):
         remedy = f"--gpus {found}" if found else "--gpus 0 to run on the CPU"
         raise InputError(f"--gpus {args.gpus}: {found} CUDA devices found; use {remedy}")
     fill_from_recipe(args)
-    # unstated: training from random weights, for which AdamW at 1e-3 does better than the paper's
-    # 6e-5 from ImageNet weights for the student, and the usual SGD at 0.01 for the teacher
+    # unstated: training from random weights. There the student does better at 1e-3 than at the
+    # paper's 6e-5, and the teacher with AdamW at 1e-3 than with SGD at 0.01
     args.lr = args.lr or (1e-3 if args.student_weights == "none" else 6e-5)
     args.teacher_lr = args.teacher_lr or (1e-3 if args.teacher_weights == "none" else 0.01)
     args.workers = default_workers(args.gpus) if args.workers is None else args.workers
-    args.both = args.method is None and args.dataset == "shapes"
+    args.student_alone_too = args.method is None and args.dataset == "shapes"
     args.method = args.method or "c2vkd"
     refuse_useless(args)
     args.term_weights = term_weights(args)
@@ -1100,7 +1115,7 @@ def parser():
     g.add_argument("--method", choices=("teacher", *METHODS),
                    help="default c2vkd, on shapes ce and c2vkd; teacher: stop after stage 2")
     g.add_argument("--recipe", choices=("small", "full"),
-                   help="of folder: default full with a GPU, else small")
+                   help="only with --dataset folder: default full with a GPU, else small")
     g.add_argument("--out", default="runs", metavar="DIR", help="output folder (default runs)")
     g.add_argument("--name", metavar="NAME",
                    help="folder, table row (default METHOD-STUDENT-seedN)")
@@ -1128,7 +1143,8 @@ def parser():
                    help="until when the teacher counts: until the student is better on val "
                    "(default), or to the end as in the paper")
     g.add_argument("--weights", nargs="+", default=[], metavar="T=X",
-                   help="of terms, as gb=0.1 lc=0.5, or summed | released")
+                   help="of terms, e.g. gb=0.1 lc=0.5. Or the release's numbers: summed (in our "
+                   "units) | released (in its units)")
     g = p.add_argument_group("batches")
     g.add_argument("--batch-size", type=at_least(2), metavar="N",
                    help="* images, all GPUs together")
@@ -1136,16 +1152,17 @@ def parser():
                    help="* side of the square crop and of the evaluation window")
     g.add_argument("--base", **pixels, help="* short side of the images at scale 1")
     g.add_argument("--warmup", type=at_least(0), metavar="N",
-                   help="* steps of linear warm-up (a tenth of a shorter stage)")
+                   help="* steps of linear warm-up, at most a tenth of the stage")
     g = p.add_argument_group("machine")
     g.add_argument("--gpus", type=at_least(0), metavar="N",
                    help="default 1 if there is one, else 0: the CPU")
     g.add_argument("--workers", type=at_least(0), metavar="N",
-                   help="loader processes (default: cores a GPU, at most 16; 0 on a CPU)")
+                   help="loader processes (default: CPU cores per GPU, at most 16; 0 without a "
+                   "GPU)")
     g.add_argument("--deterministic", action="store_true",
                    help="bitwise repeatable on CUDA, slower")
     g = p.add_argument_group("reports")
-    g.add_argument("--log-every", default=20, **steps, help="steps a row of log.csv (default 20)")
+    g.add_argument("--log-every", default=20, **steps, help="steps per row of log.csv (default 20)")
     g.add_argument("--val-every", **steps,
                    help="steps between validations (default a quarter of all)")
     return p
@@ -1178,11 +1195,11 @@ def refuse_useless(args):
         raise InputError("--teacher-weights voc: that model knows VOC's classes only; use "
                          "imagenet, none or a FILE")
     if not method and (args.name or args.seed):
-        raise InputError("--method teacher: takes --teacher-seed and no --name; those and --seed "
-                         "go with a student's method")
+        raise InputError("--method teacher: trains no student, so that --name and --seed do "
+                         "nothing; use --teacher-seed")
     label = (args.name or "").removesuffix(f"-seed{args.seed}")
     if label != args.method and label in METHODS or label.startswith("teacher-"):
-        raise InputError(f"--name {args.name}: is the name of something else; choose another")
+        raise InputError(f"--name {args.name}: reserved for a method or a teacher; choose another")
     folder = Path(args.name or "default")
     if folder.is_absolute() or ".." in folder.parts or not folder.name:
         raise InputError(f"--name {args.name}: leaves the folder of the runs; --out chooses that")
@@ -1215,20 +1232,20 @@ def term_weights(args):
 
 # ---------------------------------------------------------------- processes and devices
 
-def settings(cuda, deterministic=False):
-    """What both training and the benchmark set before anything runs."""
+def set_torch_flags(cuda, deterministic=False):
+    """What both training and tests/benchmark.py set before anything runs."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if not cuda:
         return
     torch.backends.cudnn.benchmark = not deterministic
-    # TF32 for the float32 products left under autocast, above all the Grams of the patch loss. They
-    # hardly amplify the rounding of their inputs: the gradient is within 1%, or within 3% where
-    # N < C and the student is near its teacher
+    # allow TF32 in what stays float32 under autocast, above all the products X^T X of the patch
+    # loss. Its gradient is within 1% of float32's, or within 3% where N < C and the student is near
+    # its teacher
     torch.set_float32_matmul_precision("high")
-    # on Hopper torch prefers cuDNN's attention, which plans anew for each shape, 0.4 s every time,
-    # and of which NaN is reported for a single query, which the pool has
+    # on Hopper torch prefers cuDNN's attention. It plans anew for each shape, 0.4 s every time, and
+    # is reported to give NaN for a single query, which the pool has
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -1241,12 +1258,12 @@ def start_machine(args):
         sys.stdout = open(os.devnull, "w")  # one process speaks
     if args.gpus:
         torch.cuda.set_device(device)
-    settings(bool(args.gpus), args.deterministic)
+    set_torch_flags(bool(args.gpus), args.deterministic)
     if processes > 1:
         backend, bound = ("nccl", device) if args.gpus else ("gloo", None)
         # the others wait while one process draws, downloads or scores
         dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=bound)
-    # where loader processes are not forked, each would otherwise import torch by itself
+    # without fork, each loader process would otherwise import torch anew
     multiprocessing.set_forkserver_preload(["torch"])
     Stop.listen()
     return Machine(device, rank, processes, args.workers, args.log_every, args.val_every)
@@ -1254,7 +1271,7 @@ def start_machine(args):
 
 def main():
     args = parse_options()
-    if args.gpus > 1 and "RANK" not in os.environ:  # this script again, one process a GPU
+    if args.gpus > 1 and "RANK" not in os.environ:  # this script again, one process per GPU
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   "--nproc-per-node", str(args.gpus), *sys.argv])
     machine = start_machine(args)
@@ -1262,7 +1279,7 @@ def main():
         train(args, machine)
     except InputError:
         if machine.rank:
-            time.sleep(5)  # process 0 tells of an error that it has too, and then ends the others
+            time.sleep(5)  # process 0 has the same error: let it print and stop the others
         raise
     except Exception:
         if Stop.asked:  # the signal reached loader processes, too

@@ -46,7 +46,7 @@ WARM_UP = 1  # rounds that do not count
 
 @dataclass
 class Cost:
-    """Of one function: milliseconds of each round, and MiB of its tensors on CUDA at the most."""
+    """Milliseconds of each round of one function, and at most how many MiB of tensors on CUDA."""
     times: list
     peak: float = 0.0
 
@@ -97,9 +97,9 @@ def picture(machine, batch, side):
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
-def place(machine, module):
+def to_device(machine, module):
     """The module where and how train.py puts it."""
-    return train.Run(None, None, None, machine, {}).place(module)
+    return train.Run(None, None, None, machine, {}).to_device(module)
 
 
 def plain_cross_entropy(logits, labels):
@@ -112,11 +112,11 @@ def training_step(machine, size, variant):
     """A C2VKD step of train.py over its floor: teacher's forward pass, student's own learning."""
     print(f"\nC2VKD step: {size.teacher} -> {variant}, {size.batch_size} x {size.crop} x "
           f"{size.crop}, {CLASSES} classes")
-    teacher = place(machine, Teacher(size.teacher, CLASSES)).freeze()
+    teacher = to_device(machine, Teacher(size.teacher, CLASSES)).freeze()
     pool = AttentionPool(teacher.channels, pool_grid(teacher, size.crop, machine.device))
-    pool = place(machine, pool).requires_grad_(False)
-    alone = place(machine, StudentWithHeads(Student(variant, CLASSES)))
-    taught = place(machine, StudentWithHeads(Student(variant, CLASSES), teacher.channels))
+    pool = to_device(machine, pool).requires_grad_(False)
+    alone = to_device(machine, StudentWithHeads(Student(variant, CLASSES)))
+    taught = to_device(machine, StudentWithHeads(Student(variant, CLASSES), teacher.channels))
     optimizer = torch.optim.AdamW(taught.parameters(), 6e-5, weight_decay=0.01,
                                   fused=machine.cuda)
     images, labels = picture(machine, size.batch_size, size.crop)
@@ -217,7 +217,7 @@ def student_forms(machine, size):
     segformer = transformers_segformer()
     if segformer:
         networks["transformers"] = segformer
-    networks = {name: place(machine, network) for name, network in networks.items()}
+    networks = {name: to_device(machine, network) for name, network in networks.items()}
 
     def forward(network):
         with machine.precision(), torch.no_grad():
@@ -256,7 +256,7 @@ def measured(rounds=None):
     """Run and print all measurements. rounds: of each, None for the machine's default."""
     cuda = torch.cuda.is_available()
     machine = train.Machine(torch.device("cuda" if cuda else "cpu"))
-    train.settings(cuda)
+    train.set_torch_flags(cuda)
     torch.manual_seed(0)
     if cuda:
         size, where = GPU, f"{torch.cuda.get_device_name()}, networks in bf16 autocast"
@@ -353,7 +353,7 @@ class Step:
 def dry_step(device, module, frozen, copies, forward, size, keep_graph=False):
     """The Step of a function `forward` from images and labels to what is held and to the terms.
 
-    copies: how many numbers the optimizer keeps for a parameter of `module`. frozen: the other
+    copies: how many numbers the optimizer keeps per parameter of `module`. frozen: the other
     networks. keep_graph: the graph is kept for a second backward pass. The backward pass runs on
     "cpu" alone, because a fake GPU cannot run it.
     """

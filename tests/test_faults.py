@@ -280,7 +280,7 @@ def test_a_folder_of_another_student_is_refused_with_the_differences_and_kept(
         folder, whole, capsys, change, found):
     message = error_of(train.main, options(folder, whole[0], *change.split()), capsys)
     assert f"{STUDENT}/last.pt: from a different experiment: " in message and found in message
-    assert "choose another --out or --name, " in message
+    assert message.endswith("repeat that run's options, or choose another --out or --name")
     assert differing(*whole) == []
 
 
@@ -310,8 +310,9 @@ def test_what_is_not_finite_stops_the_run_with_its_terms_and_keeps_the_checkpoin
         patch.setattr(losses, "patch_loss", loss)
         message = error_of(train.main, argv, capsys)
     for word in ("student, step 2 of seed 0", "pdd ", "gb ", shown, "lc ",
-                 "nothing of it was saved", "lower --lr"):
+                 "nothing of it was saved"):
         assert word in message
+    assert message.endswith("; lower --lr")
     assert path.read_bytes() == before
     run(argv)
     assert differing(tmp_path, whole[1]) == []

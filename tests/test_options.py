@@ -45,7 +45,7 @@ def test_own_data_has_two_recipes_and_the_machine_chooses_where_nobody_does(gpus
     ("--dataset voc", "c2vkd", False), ("--method teacher", "teacher", False)])
 def test_without_a_method_shapes_trains_the_student_alone_too(arguments, method, both):
     args = parse_options(arguments.split())
-    assert (args.method, args.both) == (method, both)
+    assert (args.method, args.student_alone_too) == (method, both)
 
 
 def test_rates_follow_the_weights_that_a_network_starts_from():

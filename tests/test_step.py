@@ -93,6 +93,6 @@ def test_gradients_and_optimizer_of_stage_one_are_gone_before_stage_three(tmp_pa
     folder = put_folder(tmp_path / "data", 4)
     args = train.parse_options(options(folder, tmp_path / "runs", "--teacher-steps", 1))
     plan = train.Plan(args, machine_of(args), data.open_dataset("folder", folder), DIGESTS)
-    teacher = train.train_teacher(plan.teacher(), "none")
+    teacher = train.train_teacher(plan.teacher_run(), "none")
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert [optimizer() for optimizer in Watched.made] == [None]

@@ -92,7 +92,7 @@ def test_a_new_loss_is_one_function_and_one_entry(folder, taught, monkeypatch):
 
 
 def test_measured_rows_hold_norms_and_cosines_of_a_backward_pass(folder, taught, monkeypatch):
-    """At a tenth of the steps and at the end, mean over the last steps before."""
+    """They are due after a tenth of the steps and at the end, as means of the last five steps."""
     found, measure = [], train.gradient_norms_and_cosines
 
     def by_backward(terms, ce, encoder):
@@ -101,9 +101,9 @@ def test_measured_rows_hold_norms_and_cosines_of_a_backward_pass(folder, taught,
             term.backward(retain_graph=True)
             return torch.cat([p.grad.flatten() for p in encoder.parameters()])
 
-        towards = gradient(ce)
+        ce_gradient = gradient(ce)
         gradients = [gradient(term) for term in terms.values()]
-        found.append([[g.norm(), torch.cosine_similarity(g, towards, 0)] for g in gradients])
+        found.append([[g.norm(), torch.cosine_similarity(g, ce_gradient, 0)] for g in gradients])
         return measure(terms, ce, encoder)
 
     monkeypatch.setattr(train, "gradient_norms_and_cosines", by_backward)
@@ -143,7 +143,7 @@ def test_a_student_that_is_better_than_its_teacher_learns_from_the_labels_alone(
     if alone:  # measured until then, the loss from then on
         assert losses_[2:] == pytest.approx([ce.item() for ce in found[-4:]], rel=1e-4)
     assert bool(rows[-1]["grad_gb"]) != alone
-    assert ("better than its teacher, val mIoU 0.00" in capsys.readouterr().out) == alone
+    assert ("beats its teacher's 0.00; from here on" in capsys.readouterr().out) == alone
     assert last(run)["outgrown"] == alone and last(run)["stage"]["teach"] == teach
 
 
@@ -152,7 +152,8 @@ def test_a_teacher_of_another_size_is_scored_anew_before_a_student_may_leave_it(
     scores = out / "folder" / TEACHER / "results-val.json"
     scores.write_text(json.dumps(json.loads(scores.read_text()) | {"miou": 100}))
     known = []
-    monkeypatch.setattr(train.Checkpoint, "judge", lambda _, miou, to_beat: known.append(to_beat))
+    monkeypatch.setattr(train.Checkpoint, "note_if_outgrown",
+                        lambda _, miou, to_beat: known.append(to_beat))
     for base in (32, 40):
         train_with(options(folder, out, "--method", "kd", "--base", base, "--name", f"base{base}"))
     at_its_own_size, at_another = known[0], known[-1]
@@ -235,7 +236,7 @@ def test_training_leaves_teacher_and_pool_bitwise_unchanged(folder, tmp_path):
     frozen = [teacher.Teacher("deeplabv3_resnet10", 3).eval(), teacher.AttentionPool(512, 4).eval()]
     before = [{k: v.clone() for k, v in module.state_dict().items()} for module in frozen]
     # their parameters ask for gradients: distil itself must keep these away
-    train.distil(plan.student("c2vkd"), "none", *frozen)
+    train.distil(plan.student_run("c2vkd"), "none", *frozen)
     for module, state in zip(frozen, before):
         assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
         assert all(p.grad is None and p.requires_grad for p in module.parameters())
@@ -531,5 +532,5 @@ def test_scores_of_another_step_are_not_shown_as_the_runs_own(folder, tmp_path, 
 
 @pytest.mark.parametrize("name", ["kd-seed0", "teacher-mine"])
 def test_a_name_that_means_something_else_is_refused(name):
-    with pytest.raises(InputError, match=f"--name {name}: is the name of something else"):
+    with pytest.raises(InputError, match=f"--name {name}: reserved for a method or a teacher"):
         train.parse_options(["--method", "ce", "--name", name])
