@@ -51,7 +51,7 @@ MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
 class DataSet:
     """Where a data set's files are and what its label values mean.
 
-    palette: one RGB triple a class, 0..255.
+    palette: one RGB triple per class, 0..255.
     pairs: split -> [(image path, label path)], with None as the label of an image without one.
     class_of_value: 256 entries, value on disk -> class index. 255 = ignore, -1 = must not occur.
     """
@@ -75,7 +75,7 @@ class DataSet:
         if label.shape != image.size[::-1]:
             raise InputError(
                 f"{label_path}: {label.shape[1]}x{label.shape[0]}, but its image is "
-                f"{image.width}x{image.height} (a turn in its EXIF data is obeyed); "
+                f"{image.width}x{image.height} (size after its EXIF rotation); "
                 "make the two the same size")
         return image, label
 
@@ -86,12 +86,13 @@ class DataSet:
             remedy = "convert it to class indices with python data.py --convert"
         raw = open_label(path)
         if raw.mode not in ("L", "P", "1"):
-            raise InputError(f"{path}: mode {raw.mode}, but a label has one index byte a pixel; "
-                             f"{remedy}")
-        moved = moved_class(self, raw)
-        if moved is not None:
-            raise InputError(f"{path}: its palette shows class {moved}, {self.classes[moved]}, "
-                             f"at another index; {remedy}")
+            raise InputError(f"{path}: mode {raw.mode}, but a label has one index byte per "
+                             f"pixel; {remedy}")
+        misplaced = misplaced_class(self, raw)
+        if misplaced:
+            index, k = misplaced
+            raise InputError(f"{path}: its palette gives index {index} to class {k}, "
+                             f"{self.classes[k]}; {remedy}")
         values = np.array(raw, dtype=np.uint8)
         label = self.class_of_value[values]
         if (label < 0).any():
@@ -142,14 +143,14 @@ def data_folder(name, root=None):
 # ---------------------------------------------------------------- what networks see
 
 class TrainStream(torch.utils.data.Dataset):
-    """The endless stream of training crops. Item `position` depends on (seed, position) alone.
+    """The stream of training crops. Item `position` depends on (seed, position) alone.
 
     The stream runs through epochs, each a permutation of all images. An image is resized so that
     its short side is base * u pixels, with u uniform in `scale`. It is cropped at random to
     crop x crop, padded on the right and at the bottom where it is smaller, and flipped with
     probability 1/2.
     With `unlabelled`, images without labels take part. The labelled ones are then repeated, all
-    equally often, until they are at least as many.
+    equally often, until there are at least as many of them.
     Returns image (3,crop,crop) uint8, label (crop,crop) uint8.
     """
 
@@ -182,7 +183,7 @@ class TrainStream(torch.utils.data.Dataset):
         w, h = min(self.crop, width), min(self.crop, height)
         x = rng.integers(0, width - w + 1)
         y = rng.integers(0, height - h + 1)
-        # The crop's place in the image at its size on disk: only what is kept gets resized.
+        # The crop in coordinates of the original image: only the crop is resized.
         sx, sy = image.width / width, image.height / height
         box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
 
@@ -217,8 +218,7 @@ class EvalImages(torch.utils.data.Dataset):
         image = np.array(resize_short_side(image, self.base)).transpose(2, 0, 1)
         item = torch.from_numpy(image.copy()), torch.from_numpy(label)
         if torch.utils.data.get_worker_info():
-            # Without room in shared memory this fails here, with an error that reaches the main
-            # process. Left to the loader's own thread, the main process would wait for ever.
+            # Fail here if shared memory is full: in the loader's own thread the run would hang.
             for tensor in item:
                 tensor.share_memory_()
         return item
@@ -238,10 +238,10 @@ def resize_short_side(image, base):
     return image.resize(size, Image.Resampling.BILINEAR)
 
 
-def spread(total, count):
+def evenly_spaced(total, count):
     """`count` of the indices below `total`, or all if there are fewer.
 
-    They are spread evenly, because neighbours often show the same scene.
+    They are evenly spaced, because neighbours often show the same scene.
     """
     count = min(count or total, total)
     return [i * total // count for i in range(count)]
@@ -342,7 +342,7 @@ def _read_classes(root):
         path = labelmap
         form, pattern = "name:R,G,B::", r"([^:]+):(\d+),(\d+),(\d+)(?::.*)?"
     if not path.is_file():
-        raise InputError(f"{path}: no such file; write one line a class: name R G B")
+        raise InputError(f"{path}: no such file; write one line per class: name R G B")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -357,9 +357,9 @@ def _read_classes(root):
         colour = tuple(map(int, found.groups()[1:])) if found else ()
         if not colour or max(colour) > 255:
             raise InputError(f"{where}: {line!r} is not '{form}' with three numbers 0..255")
-        if re.search(r"\s\d+$", found[1]):  # a column more would pass for a part of the name
+        if re.search(r"\s\d+$", found[1]):  # of four numbers one would join the name
             raise InputError(f"{where}: {line!r} has a number before its colour; leave three "
-                             "numbers a line, and write a name like lane 2 as lane-2")
+                             "numbers per line, and write a name like lane 2 as lane-2")
         if colour in palette:  # colour labels and pictures could not tell the two apart
             raise InputError(f"{where}: {found[1]} has the colour of "
                              f"{classes[palette.index(colour)]}; give each class its own")
@@ -407,7 +407,7 @@ def draw_shapes(seed, index, size=SHAPES_SIZE):
     """
     rng = np.random.default_rng([seed, index])
     yy, xx = np.mgrid[:size, :size]
-    ground = _paint(rng, rng.random())
+    ground = _random_colour(rng, rng.random())
     canvas = ground + rng.normal(0, 8, (size // 8, size // 8, 3)).repeat(8, 0).repeat(8, 1)
     label = np.zeros((size, size), np.uint8)
     weights = np.array([1, 1, 1, 1, 1, 1, 0.4])
@@ -416,7 +416,7 @@ def draw_shapes(seed, index, size=SHAPES_SIZE):
         name = SHAPES[kind]
         mask = _outline(name, rng, size)
         solid = np.asarray(mask) > 0
-        colours = [_paint(rng, kind / 7 + rng.normal(0, 0.08)) for _ in range(2)]
+        colours = [_random_colour(rng, kind / 7 + rng.normal(0, 0.08)) for _ in range(2)]
         period, phase = rng.uniform(3.5, 5), rng.uniform(0, 2 * np.pi, 2)
         u, v = (np.sin(2 * np.pi * t / period + p) for t, p in zip((xx, yy), phase))
         grain = rng.normal(0, 1, (size, size))
@@ -430,7 +430,7 @@ def draw_shapes(seed, index, size=SHAPES_SIZE):
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), Image.fromarray(label)
 
 
-def _paint(rng, hue):
+def _random_colour(rng, hue):
     colour = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.3, 0.9), rng.uniform(0.4, 0.95))
     return 255 * np.array(colour)
 
@@ -471,7 +471,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", 
 
 
 def pictures(folder):
-    """The pictures of a folder, sorted. What else lies there is named in a printed line.
+    """The pictures of a folder, sorted. Prints what else lies there.
 
     Hidden files are passed over, because macOS leaves ._NAME beside NAME on other disks.
     """
@@ -496,20 +496,20 @@ def _by_name(folder):
     """The pictures of a folder by name. Raises InputError where two share one."""
     found = {}
     for path in pictures(folder):
-        other = found.setdefault(_name(path), path)
+        other = found.setdefault(_stem(path), path)
         if other is not path:
-            raise InputError(f"{folder}: two images are called {path.stem} but for the ending "
-                             f"({other.name}, {path.name}); rename one and its partner")
+            raise InputError(f"{folder}: {other.name} and {path.name} have the same name "
+                             "before the ending; rename one and its partner")
     return found
 
 
-def _name(path):
+def _stem(path):
     """The name without its ending, in the one form of Unicode in which names are compared."""
     return unicodedata.normalize("NFC", path.stem)
 
 
 def first_three(words):
-    """For messages."""
+    """The first three words with commas, and dots for any others. For messages."""
     return ", ".join(words[:3]) + (" ..." if words[3:] else "")
 
 
@@ -517,7 +517,7 @@ def first_three(words):
 
 # formats whose compression can change the value of a pixel
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
-# Pillow spreads grey values of 2 and 4 bits over 0..255, by these factors
+# Pillow multiplies 2- and 4-bit greys by these factors
 STRETCH = {"L;2": 85, "L;4": 17}
 
 
@@ -525,7 +525,7 @@ def read_image(path):
     """A picture (PIL, RGB), turned as its EXIF tag says. Raises InputError naming the file."""
     image, _ = _open(path)
     if image.mode[0] in "IF":  # Pillow would clip to 255
-        raise InputError(f"{path}: mode {image.mode}, more than 8 bits a channel; save it with 8")
+        raise InputError(f"{path}: mode {image.mode}, more than 8 bits per channel; save it with 8")
     with suppress(Exception):  # damaged EXIF data are no fault of the pixels
         ImageOps.exif_transpose(image, in_place=True)
     return image.convert("RGB")
@@ -543,7 +543,7 @@ def open_label(path):
     if raw.mode in ("L", "1") and ";" in packing:
         if packing not in STRETCH:
             raise InputError(f"{path}: grey values packed as {packing}, which readers change; "
-                             "save it with 8 bits a pixel")
+                             "save it with 8 bits per pixel")
         raw = raw.point(lambda value: value // STRETCH[packing])
     return raw
 
@@ -560,15 +560,16 @@ def _open(path):
     except (OSError, SyntaxError, ValueError) as e:
         message = what_to_do(e) or f"{path}: truncated or not an image ({e}); get it again"
         raise InputError(message) from None
-    return image, packing if isinstance(packing, str) else str((*packing, "")[0])
+    if not isinstance(packing, str):  # some formats give a tuple, whose first entry is the packing
+        packing = str((*packing, "")[0])
+    return image, packing
 
 
-def moved_class(data, raw):
-    """The first class whose colour a label's palette shows at another index than its own, or None.
+def misplaced_class(data, raw):
+    """The first index of a label to which its palette gives another class, and that class, or None.
 
-    Some programs number the colours of a palette as they like, so that its indices are not the
-    classes'. In a palette of greys alone, (2, 2, 2) stands for class 2. Where a palette shows
-    neither, as VOC's laid over other classes, the indices count.
+    Some programs renumber palettes. A colour stands for its class in classes.txt. In a palette of
+    greys alone, (2, 2, 2) stands for class 2. Other colours stand for none, and their index counts.
     """
     if raw.mode != "P" or data.name != "folder":
         return None
@@ -581,7 +582,7 @@ def moved_class(data, raw):
     class_of |= {colour: k for k, colour in enumerate(data.palette)}
     for index, colour in shown.items():
         if class_of.get(colour, index) != index:
-            return class_of[colour]
+            return index, class_of[colour]
     return None
 
 
@@ -596,9 +597,9 @@ def is_grey(colour):
 class LabelScan:
     """What all labels hold.
 
-    pixels: split -> Counter, class index -> pixels in all its labels, with the ignored ones at 255.
+    pixels: split -> Counter, class index -> pixel count. Ignored pixels are counted at 255.
     binary: split -> number of its labels that hold the values 0 and 255 and no other.
-    digest: sha256 of the names and bytes of train's and val's labels, wherever they lie.
+    digest: sha256 of the names and bytes of train's and val's labels, in whatever folder.
     """
     pixels: dict
     binary: dict
@@ -608,17 +609,17 @@ class LabelScan:
 def scan_labels(data, cache=None):
     """Read every label of every split once, with a bar -> LabelScan.
 
-    cache: a json file that keeps the result until a label's path, size or time of change is
-    another, or the classes are. Raises InputError for the first label that cannot be used.
+    cache: a json file, valid while paths, sizes, times and classes stay the same. Raises
+    InputError for the first label that cannot be used.
     """
-    places = [(split, label) for split, pairs in data.pairs.items() for _, label in pairs if label]
-    state = _state_of_labels(data, places)
+    files = [(split, label) for split, pairs in data.pairs.items() for _, label in pairs if label]
+    state = _state_of_labels(data, files)
     known = {}
     if cache:
         with suppress(OSError, ValueError):
             known = json.loads(Path(cache).read_text())
     if known.get("state") != state:
-        known = {"state": state, **_count_labels(data, places)}
+        known = {"state": state, **_count_labels(data, files)}
         if cache:
             Path(cache).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, json.dumps(known).encode(), shared=True)
@@ -627,33 +628,33 @@ def scan_labels(data, cache=None):
     return LabelScan(pixels, known["binary"], known["digest"])
 
 
-def _state_of_labels(data, places):
-    """sha256 of what tells, without reading them, that labels and their meaning are as before."""
+def _state_of_labels(data, files):
+    """A hash that changes if any label or the classes may have changed. No label is read."""
     meaning = data.name, data.classes, data.palette, data.class_of_value.tolist()
     state = hashlib.sha256(repr(meaning).encode())
-    for split, path in places:
+    for split, path in files:
         status = path.stat()
-        # copying tools set the time of modification back, but not that of the last change
+        # copying tools can restore mtime, not ctime
         times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
         state.update(f"{split} {path.absolute()} {status.st_size} {times}\n".encode())
     return state.hexdigest()
 
 
-def _count_labels(data, places):
-    """The fields of a LabelScan, of plain values."""
-    def look(place):
-        _, path = place
+def _count_labels(data, files):
+    """The fields of a LabelScan as a dict."""
+    def look(file):
+        _, path = file
         counts = np.bincount(data.read_label(path).ravel(), minlength=256)
         held = {int(value): int(counts[value]) for value in counts.nonzero()[0]}
         return held, hashlib.sha256(path.read_bytes()).hexdigest()
 
-    found = in_threads(look, places, desc="reading labels", unit="labels")
+    found = in_threads(look, files, desc="reading labels", unit="labels")
     pixels, binary, digest = {}, Counter(), hashlib.sha256()
-    for (split, path), (held, of_file) in zip(places, found):
+    for (split, path), (held, of_file) in zip(files, found):
         pixels.setdefault(split, Counter()).update(held)
         binary[split] += held.keys() == {0, IGNORE}
-        if split != "test":  # new labels to test on change nothing that was trained
-            digest.update(f"{split}/{_name(path)} {of_file}\n".encode())
+        if split != "test":  # test labels do not affect training
+            digest.update(f"{split}/{_stem(path)} {of_file}\n".encode())
     return {"pixels": pixels, "binary": binary, "digest": digest.hexdigest()}
 
 
@@ -694,14 +695,14 @@ def check(name, root):
     """
     data = open_dataset(name, root, missing_ok=True)
 
-    def fault(place):
+    def fault(item):
         try:
-            data.read(*place)
+            data.read(*item)
         except InputError as e:
             return str(e)
 
-    places = [(split, index) for split, pairs in data.pairs.items() for index in range(len(pairs))]
-    found = in_threads(fault, places, desc="checking", unit="images")
+    items = [(split, index) for split, pairs in data.pairs.items() for index in range(len(pairs))]
+    found = in_threads(fault, items, desc="checking", unit="images")
     faults = [line for line in found if line]
     for line in faults:
         print(line)
@@ -733,8 +734,8 @@ def convert(data, out, mapping):
     labels = [label for _, _, label in triples if label]
 
     def count(label):
-        codes, places = label_codes(data, label)
-        return dict(zip(codes, np.bincount(places.ravel()).tolist()))
+        codes, inverse = label_codes(data, label)
+        return dict(zip(codes, np.bincount(inverse.ravel()).tolist()))
 
     seen = Counter()
     for counts in in_threads(count, labels, desc="reading labels", unit="labels"):
@@ -747,8 +748,8 @@ def convert(data, out, mapping):
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(image, copy)
         if label:
-            codes, places = label_codes(data, label)
-            indices = np.array([class_of[code] for code in codes], np.uint8)[places]
+            codes, inverse = label_codes(data, label)
+            indices = np.array([class_of[code] for code in codes], np.uint8)[inverse]
             target = part / "labels" / split / f"{image.stem}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(indices).save(target)
@@ -766,17 +767,17 @@ def convert(data, out, mapping):
 
 
 def label_codes(data, path):
-    """The codes of a label, and which of them each pixel has: a list and places in it (H,W).
+    """The list of codes in a label, and for each pixel its index in that list (H,W).
 
     A palette is read by its colours only where its indices are not class indices. Raises
     InputError for what cannot be told without loss.
     """
     image = open_label(path)
     grey = image.mode in ("L", "1") or image.mode[0] == "I"
-    if grey or image.mode == "P" and moved_class(data, image) is None:
+    if grey or image.mode == "P" and not misplaced_class(data, image):
         values = np.array(image).astype(np.int64)
-        found, places = np.unique(values, return_inverse=True)
-        return found.tolist(), places.reshape(values.shape)
+        found, inverse = np.unique(values, return_inverse=True)
+        return found.tolist(), inverse.reshape(values.shape)
     if image.mode not in ("RGB", "RGBA", "LA", "P"):
         raise InputError(f"{path}: mode {image.mode}, neither colours nor whole numbers; "
                          "export the label again, as PNG")
@@ -784,17 +785,17 @@ def label_codes(data, path):
         raise InputError(f"{path}: has transparent pixels, which are of no class; "
                          "export it without transparency")
     packed = np.array(image.convert("RGB")).astype(np.int64) @ (65536, 256, 1)
-    found, places = np.unique(packed, return_inverse=True)
+    found, inverse = np.unique(packed, return_inverse=True)
     colours = [(number >> 16, number >> 8 & 255, number & 255) for number in found.tolist()]
-    return colours, places.reshape(packed.shape)
+    return colours, inverse.reshape(packed.shape)
 
 
 def class_of_code(data, seen, mapping):
-    """A dict, code -> class index, of every code in labels.
+    """A dict, code -> class index, of every code in `seen`.
 
-    seen: Counter, code -> pixels. mapping: code -> class index, where it is neither the value
-    itself nor the class of that colour in classes.txt. Raises InputError for what has no class or
-    could have two, and for a code in `mapping` that no label has.
+    The class is that of `mapping`, else the colour's in classes.txt, else the value itself.
+    seen: Counter, code -> pixels. mapping: code -> class index, as the user gave it. Raises
+    InputError for what has no class or could have two, and for a code of `mapping` not in `seen`.
     """
     value_of = values_of_greys(data, seen, mapping)
     counts = Counter()
@@ -815,15 +816,15 @@ def class_of_code(data, seen, mapping):
             "with --map VALUE=CLASS, colours to be ignored with --ignore-colour R,G,B")
     if unused := [str(code) for code in mapping if code not in counts]:
         held = sorted(map(str, counts))
-        raise InputError(f"{data.root}: no label holds {first_three(unused)}, they were read as "
-                         f"{first_three(held)}; nothing was written; name such values with --map, "
-                         "such colours with --ignore-colour")
+        raise InputError(f"{data.root}: no label holds {first_three(unused)}, found: "
+                         f"{first_three(held)}; nothing was written; use --map for values, "
+                         "--ignore-colour for colours")
     for value, k in mapping.items():
         others = [code for code in counts if isinstance(code, int) and code not in mapping
                   and class_of[code] == k != IGNORE]
         if others:
-            raise InputError(f"--map {value}={k}: the value {others[0]} means this class, too; "
-                             f"if so, add {others[0]}={k}, else map it elsewhere")
+            raise InputError(f"--map {value}={k}: value {others[0]} is also {data.classes[k]}; "
+                             f"add {others[0]}={k} if so, else choose another class")
     return {code: class_of[value_of.get(code, code)] for code in seen}
 
 
@@ -888,7 +889,7 @@ def _mapping(items, classes):
         if text in ("ignore", str(IGNORE)):
             meanings.add(IGNORE)
         if not value.isdecimal() or not meanings or int(value) in mapping:
-            raise InputError(f"--map {item}: takes VALUE=CLASS once a value, with the class's "
+            raise InputError(f"--map {item}: takes VALUE=CLASS once per value, with the class's "
                              f"name, its index 0 to {len(classes) - 1}, or ignore")
         if len(meanings) > 1:
             raise InputError(f"--map {item}: {text} is the name of a class and means something "
@@ -919,8 +920,8 @@ DOWNLOADS = {
 def download(name, root):
     """Fetch, verify and unpack DOWNLOADS[name] under `root`.
 
-    Everything is made beside its place and renamed when complete. Raises InputError when it cannot
-    be had or its hash is wrong. Then nothing partial is left.
+    Works beside the target and renames at the end, so that nothing partial is left. Raises
+    InputError if the archive cannot be downloaded or unpacked, or its hash is wrong.
     """
     wanted = DOWNLOADS[name]
     root.mkdir(parents=True, exist_ok=True)
@@ -931,7 +932,7 @@ def download(name, root):
         _verify(archive, wanted)
         print(f"unpacking {archive}", flush=True)
         with scratch(root / "unpacking") as part:
-            # members that lead out of `part` are left out of a zip, and a tar with such is refused
+            # paths that leave `part` are skipped in a zip and refused in a tar
             safe = "data" if archive.suffix == ".tar" else None
             shutil.unpack_archive(archive, part, filter=safe)
             publish(part / wanted.folder, root / wanted.folder)
@@ -971,7 +972,7 @@ class InputError(Exception):
 
 def command(main):
     """Run a script's `main`. What a user can mend is one line on stderr and an exit code."""
-    # a script can be started without these streams: what it prints then goes nowhere
+    # pythonw, for one, has no such streams: print to nowhere
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
@@ -981,7 +982,7 @@ def command(main):
         sys.stdout.flush()
         return
     except InputError as e:
-        # one from a loader process has a traceback in front
+        # errors from loader processes begin with a traceback
         code, message = 2, f"error: {str(e).rpartition('InputError: ')[2]}"
     except KeyboardInterrupt as e:
         code, message = 130, str(e) or "interrupted; run the same command again to continue"
@@ -998,7 +999,7 @@ def command(main):
     sys.exit(code)
 
 
-# Limits of the machine: words by which their errors are known, and what to do about each.
+# Errors of the machine: phrases that identify them, and the advice.
 LIMITS = (
     (("CUDA out of memory",), "out of GPU memory: lower --batch-size or --crop"),
     (("Too many open files", "ancdata"),
@@ -1063,19 +1064,15 @@ def in_threads(function, items, **bar):
 
 
 def quiet_worker(_):
-    """For loader processes: Ctrl-C is the main process's business.
-
-    Ctrl-C reaches all processes of a command, but the main one saves and then ends the others. It
-    ends them with SIGTERM, which they obey.
-    """
+    """Workers ignore Ctrl-C: the main process saves, then ends them with SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def locked(folder):
-    """Within it no other process works in `folder`, which is made. The lock dies with the process.
+    """Lock `folder`, which is created if missing. The lock also ends with the process.
 
-    Raises InputError where another process is at work there.
+    Raises InputError where another process holds it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1102,15 +1099,15 @@ def _lock(file):
 
 # ---------------------------------------------------------------- files
 
-def own_name(path):
+def temporary_path(path):
     """A path beside `path` that no other process uses."""
     return path.with_name(f"{path.name}.part-{secrets.token_hex(4)}")
 
 
 @contextmanager
 def scratch(path):
-    """A new folder beside `path`. It is deleted in the end, unless it was renamed."""
-    part = own_name(path)
+    """A new folder beside `path`. It is deleted on exit, unless it was renamed."""
+    part = temporary_path(path)
     part.mkdir(parents=True)
     try:
         yield part
@@ -1134,7 +1131,7 @@ def write_atomically(path, content, shared=False):
     """
     path = Path(path)
     # With one writer the name is always the same, so that the next one overwrites what a kill left.
-    part = own_name(path) if shared else path.with_name(f"{path.name}.part")
+    part = temporary_path(path) if shared else path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as f:
             f.write(content)
@@ -1188,35 +1185,35 @@ def load_checkpoint(path, keys=()):
 def read_weights(source, option):
     """A plain state dict from a file or a URL, downloaded once into torch.hub's cache, with a bar.
 
-    What training scripts and wrappers put round it is taken off, and a printed line says so.
+    The wrappers of training scripts are removed, and a printed line names them.
     """
     if "://" in str(source):
         saved = _download_weights(source, option)
     else:
         saved = load_checkpoint(source)
-    state, taken_off = unwrap(saved)
+    state, left_out = unwrap(saved)
     if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{source}: not a plain state dict of tensors; {option} takes one")
-    if taken_off:
-        print(f"{source}: read without {', '.join(taken_off)}")
+    if left_out:
+        print(f"{source}: unwrapped, leaving out {' and '.join(left_out)}")
     return state
 
 
 def unwrap(state):
-    """The state dict inside of what was saved, and a list of what was taken off, in words."""
-    taken_off = []
+    """The state dict inside what was saved, and a list in words of what was left out."""
+    left_out = []
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
-            taken_off.append(f"what surrounds its {key!r}")
+            left_out.append(f"everything outside {key!r}")
     wrappers = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
     while state:
         prefix = str(next(iter(state))).partition(".")[0] + "."
         if prefix not in wrappers or not all(str(k).startswith(prefix) for k in state):
             break
         state = {k.removeprefix(prefix): v for k, v in state.items()}
-        taken_off.append(f"the prefix {prefix!r}")
-    return state, taken_off
+        left_out.append(f"the prefix {prefix!r}")
+    return state, left_out
 
 
 def _download_weights(source, option):
@@ -1238,7 +1235,7 @@ def load_strictly(module, state, source, wanted, remedy, aside=()):
     """Fill `module` from a state dict of its own names and shapes.
 
     Tensors whose names begin with one of `aside` are left out, and their names are returned.
-    Raises InputError, that `source` does not hold what is `wanted`, before anything is changed.
+    Raises InputError, before changing anything, if `source` is not `wanted`.
     """
     left = sorted(k for k in state if k.startswith(tuple(aside)))
     needed = module.state_dict()

@@ -35,9 +35,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader
 
 from data import (DATASETS, IGNORE, EvalImages, InputError, Parser, at_least, command,
-                  data_folder, load_checkpoint, load_strictly, normalise, open_dataset, pictures,
-                  progress, quiet_worker, read_image, resize_short_side, scan_labels, spread,
-                  write_atomically)
+                  data_folder, evenly_spaced, load_checkpoint, load_strictly, normalise,
+                  open_dataset, pictures, progress, quiet_worker, read_image, resize_short_side,
+                  scan_labels, write_atomically)
 from student import VARIANTS, Student, count_parameters
 from teacher import TEACHERS, Teacher
 
@@ -64,7 +64,7 @@ def scores(matrix):
             "pixel_accuracy": (100 * hit.sum() / matrix.sum().clamp(min=1)).item()}
 
 
-def commonest(matrix):
+def miou_of_commonest_class(matrix):
     """mIoU of always answering the commonest class: no network worth using has less."""
     labelled = matrix.sum(1)
     answers = torch.zeros_like(matrix)
@@ -86,7 +86,7 @@ def evaluate(model, data, split, base, window, device, stride=None, batch=8,
     several = dist.is_initialized()
     rank, processes = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     chosen = range(len(data.pairs[split]))[rank::processes]
-    # a generator of its own: the loader would draw from the one that training continues with
+    # its own generator: the default one would advance the training's random state
     loader = DataLoader(EvalImages(data, split, base, chosen), batch_size=None,
                         num_workers=workers, worker_init_fn=quiet_worker,
                         generator=torch.Generator())
@@ -105,8 +105,8 @@ def evaluate(model, data, split, base, window, device, stride=None, batch=8,
 def predict(model, image, size, window=None, stride=None, batch=8):
     """Class map (H,W) int64 at `size` of one uint8 image (3,h,w).
 
-    A square of `window` pixels a side slides over the image in steps of at most `stride` pixels,
-    by default two thirds of it. Logits are averaged where windows overlap, then resized
+    A square with sides of `window` pixels slides over the image in steps of at most `stride`
+    pixels, by default two thirds of it. Logits are averaged where windows overlap, then resized
     bilinearly to `size`. window=None: one window, as large as the image.
     Images smaller than the window are padded with the mean colour. batch: windows at a time.
     """
@@ -127,17 +127,17 @@ def _slide(model, image, height, width, stride, batch):
     tops = _window_starts(image.shape[1], height, stride)
     lefts = _window_starts(image.shape[2], width, stride)
     corners = list(itertools.product(tops, lefts))
-    total, cover = None, image.new_zeros(image.shape[1:])  # how many windows cover each pixel
+    total, window_count = None, image.new_zeros(image.shape[1:])
     for first in range(0, len(corners), batch):
-        some = corners[first:first + batch]
-        crops = torch.stack([image[:, y:y + height, x:x + width] for y, x in some])
-        for (y, x), part in zip(some, logits_of(model, crops)):
+        chosen = corners[first:first + batch]
+        crops = torch.stack([image[:, y:y + height, x:x + width] for y, x in chosen])
+        for (y, x), part in zip(chosen, logits_of(model, crops)):
             if total is None:
                 total = part.new_zeros(len(part), *image.shape[1:])
             part = F.interpolate(part[None], (height, width), mode="bilinear")[0]
             total[:, y:y + height, x:x + width] += part
-            cover[y:y + height, x:x + width] += 1
-    return total / cover
+            window_count[y:y + height, x:x + width] += 1
+    return total / window_count
 
 
 def _window_starts(side, window, stride):
@@ -165,8 +165,8 @@ def class_map(logits, size):
     best = torch.full(size, -torch.inf, device=logits.device)
     classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
     for first in range(0, len(logits), group):
-        some = logits[None, first:first + group]
-        value, index = F.interpolate(some, size, mode="bilinear")[0].max(0)
+        part = logits[None, first:first + group]
+        value, index = F.interpolate(part, size, mode="bilinear")[0].max(0)
         classes = torch.where(value > best, first + index, classes)
         best = torch.maximum(value, best)
     return classes
@@ -178,7 +178,8 @@ def compare(folder, split, against=()):
     """Text on all runs below `folder`, a part for each teacher.
 
     A part has a table of mIoU and of gains over `ce`, paired by seed. For each name in `against`
-    a table sets the other gains beside its own. The last table has the IoU of each class.
+    follows a table of the other methods' gains minus that one's. The last table has the IoU of
+    each class.
     Raises InputError as `read_runs` does, and for a name in `against` without a gain.
     """
     groups = read_runs(folder, split)
@@ -191,11 +192,11 @@ def compare(folder, split, against=()):
     teachers = _what_differs([teacher for teacher, _ in groups])
     parts = []
     for teacher, (_, runs), gain in zip(teachers, groups, gains):
-        some = next(result for seeds in runs.values() for result in seeds.values())
-        head = f"{folder}: {split}, {some['step']} steps{teacher}"
+        example = next(result for seeds in runs.values() for result in seeds.values())
+        head = f"{folder}: {split}, {example['step']} steps{teacher}"
         parts.append(f"{head}\n{_overview(runs, gain)}")
         parts += [_against(gain, name) for name in against if name in gain]
-        parts.append(_each_class(runs, some["classes"]))
+        parts.append(_each_class(runs, example["classes"]))
     return "\n\n".join(parts)
 
 
@@ -210,7 +211,8 @@ def gains_over_ce(runs):
     return gains
 
 
-# two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom
+# Two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom. The last one serves
+# all larger numbers, which makes their intervals slightly too wide.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
        2.145)
 
@@ -235,12 +237,12 @@ def _overview(runs, gains):
         deviation = statistics.stdev(values) if len(values) > 1 else None
         gain = _mean_and_interval(list(gains.get(name, {}).values()))
         mean = statistics.mean(values)
-        rows.append([name, str(len(values)), number(mean), number(deviation), *gain])
+        rows.append([name, str(len(values)), formatted(mean), formatted(deviation), *gain])
     return columns(rows)
 
 
 def _against(gains, other):
-    """Table of the gains beside that of `other`, paired by seed.
+    """Table of the gains minus that of `other`, paired by seed.
 
     The paper claims more than twice the gain of other methods. So twice the gain of `other` is
     subtracted, too.
@@ -264,7 +266,7 @@ def _each_class(runs, classes):
         cells = []
         for seeds in runs.values():
             found = [r["iou"][k] for r in seeds.values() if r["iou"][k] is not None]
-            cells.append(number(statistics.mean(found) if found else None))
+            cells.append(formatted(statistics.mean(found) if found else None))
         rows.append([name, *cells])
     return columns(rows)
 
@@ -272,9 +274,9 @@ def _each_class(runs, classes):
 def read_runs(folder, split):
     """Results of all students below `folder`, a group for each teacher.
 
-    [(the teacher's identity or None, label or method -> seed -> result), ...], with `ce` in all.
-    Raises InputError where two runs differ in a condition that both have, where runs of one name
-    differ in method, or under one teacher in options, and where a result cannot be read.
+    [(the teacher's identity or None, label or method -> seed -> result), ...]. Each group also
+    holds the `ce` runs. Raises InputError for results that cannot be read, for runs whose
+    conditions differ, and for one name with two methods, or with two options under one teacher.
     """
     students = {}
     for path in sorted(Path(folder).rglob(f"results-{split}.json")):
@@ -301,8 +303,8 @@ def _conditions(result):
     conditions.pop("teacher_identity", None)
     conditions["step"] = result["step"]
     conditions["names of the classes"] = result["classes"]
-    conditions[f"method of {_name(result)}"] = result["method"]
-    if "labels" in result:  # of the split, where evaluate.py scored it
+    conditions[f"method of {_label(result)}"] = result["method"]
+    if "labels" in result:  # present only where evaluate.py scored the run
         conditions["labels that were scored"] = result["labels"]
     return conditions
 
@@ -312,22 +314,22 @@ def _by_name_and_seed(results):
     _refuse_differences({path: _options(result) for path, result in results.items()})
     runs = {}
     for path, result in results.items():
-        seeds = runs.setdefault(_name(result), {})
+        seeds = runs.setdefault(_label(result), {})
         if result["seed"] in seeds:
-            raise InputError(f"{path}: a second run of {_name(result)}, seed {result['seed']}; "
+            raise InputError(f"{path}: a second run of {_label(result)}, seed {result['seed']}; "
                              "keep one")
         seeds[result["seed"]] = result
     return runs
 
 
-def _name(result):
+def _label(result):
     return result.get("label") or result["method"]
 
 
 def _options(result):
     """What must agree in all runs of one name and one teacher."""
     options = result.get("options") or {}
-    return {f"{key} of {_name(result)}": value for key, value in options.items()}
+    return {f"{key} of {_label(result)}": value for key, value in options.items()}
 
 
 def _refuse_differences(results):
@@ -347,20 +349,20 @@ def _refuse_differences(results):
 
 
 def _what_differs(teachers):
-    """For each teacher's identity a text on what tells it from the others, empty for one alone.
+    """For each teacher, what tells it from the others. Empty if there is only one.
 
     A teacher that was given as a file has a short identity, without steps.
     """
     if len(teachers) == 1:
         return [""]
     trained = [teacher for teacher in teachers if teacher and "steps" in teacher]
-    telling = [key for key in (trained or [{}])[0]
-               if any(teacher.get(key) != trained[0][key] for teacher in trained)]
+    differing_keys = [key for key in (trained or [{}])[0]
+                      if any(teacher.get(key) != trained[0][key] for teacher in trained)]
 
     def text(teacher):
         if teacher not in trained:
             return f"given, {teacher['network']}, {teacher['weights']}" if teacher else "none"
-        return ", ".join(f"{key} {teacher.get(key)}" for key in telling) or "trained here"
+        return ", ".join(f"{key} {teacher.get(key)}" for key in differing_keys) or "trained here"
 
     return [f", teacher: {text(teacher)}" for teacher in teachers]
 
@@ -377,19 +379,19 @@ def columns(rows):
     return "\n".join(lines)
 
 
-def number(value, form=".2f"):
+def formatted(value, form=".2f"):
     return "-" if value is None else format(value, form)
 
 
 def table(rows, classes):
     """Text table of networks, each row (label, parameters, milliseconds or None, scores)."""
-    head = [["", "parameters", "ms an image", "mIoU", "pixel acc."]]
+    head = [["", "parameters", "ms per image", "mIoU", "pixel acc."]]
     for label, count, ms, result in rows:
-        head.append([label, f"{count:,}", number(ms, ".1f"), number(result["miou"]),
-                     number(result["pixel_accuracy"])])
+        head.append([label, f"{count:,}", formatted(ms, ".1f"), formatted(result["miou"]),
+                     formatted(result["pixel_accuracy"])])
     each = [["IoU of each class, %", *(label for label, *_ in rows)]]
     for k, name in enumerate(classes):
-        each.append([name, *(number(result["iou"][k]) for *_, result in rows)])
+        each.append([name, *(formatted(result["iou"][k]) for *_, result in rows)])
     notes = []
     for label, *_, result in rows:
         scored = sum(v is not None for v in result["iou"])
@@ -457,7 +459,7 @@ def milliseconds(function, image):
 
 # Cosine of a term's gradient with that of cross-entropy, below which the term gets a warning.
 # Over five batches the cosines of unrelated gradients were measured between -0.15 and 0.15.
-PULLS_AGAINST = -0.2
+WARN_COSINE = -0.2
 SMALL_SHARE = 0.05  # a term with less of the gradient than this gets no warning
 
 
@@ -487,7 +489,7 @@ def _terms_at(row, weights):
         lines.append([f"  {term}", f"{value[f'raw_{term}']:.4g}", f"{weight:g}",
                       f"{value[f'weighted_{term}']:.4g}", f"{gradient[term]:.4g}",
                       f"{share:.0%}", f"{cosine:.2f}"])
-        if cosine < PULLS_AGAINST and share > SMALL_SHARE:
+        if cosine < WARN_COSINE and share > SMALL_SHARE:
             warnings.append(f"WARNING: {term} pulls against cross-entropy with {share:.0%} of the "
                             f"gradient (cosine {cosine:.2f}); give it a smaller weight")
     return "\n".join([columns(lines), *warnings])
@@ -514,7 +516,8 @@ def export(model, classes, path):
     """Write the network for deployment, in the format of `path`'s ending, with classes.json in it.
 
     Returns the largest difference between what the file computes and what the network does.
-    Raises InputError for another ending, missing packages, or a file of another origin.
+    Raises InputError for another ending, missing packages, or an existing file that this program
+    did not write.
     """
     if path.suffix not in EXPORTS:
         raise InputError(f"--export {path}: give it the ending {' or '.join(EXPORTS)}")
@@ -537,8 +540,7 @@ def export(model, classes, path):
 def export_program(deployed):
     """The torch.export program of a Deployed network, for any batch, height and width."""
     anything = torch.export.Dim.DYNAMIC
-    # Height and width differ at every scale of the network. Equal numbers would be taken for one
-    # unknown.
+    # The sides differ at every scale: torch.export would merge equal ones into one symbol.
     example = torch.zeros(2, 3, 160, 192, dtype=torch.uint8)
     shapes = ({0: anything, 2: anything, 3: anything},)
     return torch.export.export(deployed, (example,), dynamic_shapes=shapes)
@@ -593,19 +595,19 @@ def load_network(path, device="cpu"):
     return model.to(device, memory_format=layout).eval(), state
 
 
-# What `compare` has to know of a network beside its scores.
-DESCRIPTION = ("label", "method", "seed", "conditions", "options", "classes", "step")
+# Keys copied from last.pt.
+RESULT_KEYS = ("label", "method", "seed", "conditions", "options", "classes", "step")
 
 
 def write_scores(folder, split, result, state):
     """results-SPLIT.json: `scores` and the description in a checkpoint's dict."""
-    content = json.dumps(result | {key: state.get(key) for key in DESCRIPTION}, indent=1)
+    content = json.dumps(result | {key: state.get(key) for key in RESULT_KEYS}, indent=1)
     write_atomically(folder / f"results-{split}.json", f"{content}\n".encode())
 
 
 def read_scores(path):
     """What `write_scores` wrote. Raises InputError where it cannot be read."""
-    needed = {"miou", "iou", "pixel_accuracy", *DESCRIPTION} - {"options", "label"}
+    needed = {"miou", "iou", "pixel_accuracy", *RESULT_KEYS} - {"options", "label"}
     try:
         result = json.loads(path.read_text())
         complete = result.keys() >= needed
@@ -617,7 +619,7 @@ def read_scores(path):
     return result
 
 
-# The words by which a file says that this program wrote it.
+# Marker in files that this program wrote.
 SIGNATURE = "C2VKD evaluate.py"
 
 
@@ -685,14 +687,14 @@ def overlay(image, prediction, classes, palette):
 
 
 def comparison(data, split, base, window, models, device, images=3):
-    """Picture (PIL) of predictions beside labels, large enough to be shown to an audience.
+    """Picture (PIL) of predictions beside labels.
 
-    It has a row for each of `images` images spread over the split, and a legend. The columns are
-    image, label, and one for each network. models: name -> network in eval mode, or None.
+    It has a row for each of `images` evenly spaced images of the split, and a legend. The columns
+    are image, label, and one for each network. models: name -> network in eval mode, or None.
     """
     models = {name: model for name, model in models.items() if model is not None}
     rows, present = [], set()
-    for index in spread(len(data.pairs[split]), images):
+    for index in evenly_spaced(len(data.pairs[split]), images):
         image, label = EvalImages(data, split, base, [index])[0]
         maps = [label]
         for model in models.values():
@@ -790,7 +792,7 @@ def _score(args):
     if why := _why_not_kept(args, state, data, split, windows):
         print(f"not kept for --compare: {why}")
     else:
-        # The digest of all labels leaves out a split called test.
+        # scan_labels leaves the split called test out of its digest, so call it val here.
         scored = replace(data, pairs={"val": data.pairs[split]})
         result["labels"] = scan_labels(scored).digest
         write_scores(Path(args.checkpoint).parent, split, result, state)
@@ -828,8 +830,8 @@ def _label_pictures(args):
         raise InputError(f"{out}: holds the pictures themselves; give another --pictures")
     targets = {path: out / f"{path.stem}-{kind}.png" for path in files}
     if len(set(targets.values())) < len(files):
-        raise InputError("two of the --image files have one name but for folder or ending, "
-                         "and would have one picture; give them one at a time")
+        raise InputError("two --image files have the same name before the ending; "
+                         "run them separately")
     for target in targets.values():
         refuse_foreign(target)
     out.mkdir(parents=True, exist_ok=True)
@@ -846,13 +848,13 @@ def _label_pictures(args):
     print(f"{len(files)} pictures, {files[0].name} to {files[-1].name}: their {kind}s are in {out}")
 
 
-def _pictures_of(places):
+def _pictures_of(paths):
     """The picture files that --image names, those of its folders among them."""
     files = []
-    for place in map(Path, places):
-        files += pictures(place) if place.is_dir() else [place]
+    for path in map(Path, paths):
+        files += pictures(path) if path.is_dir() else [path]
     if not files:
-        raise InputError(f"{places[0]}: no picture in it; give another --image")
+        raise InputError(f"{paths[0]}: no picture in it; give another --image")
     for path in files:
         if not path.is_file():
             raise InputError(f"{path}: no such file; give another --image")
@@ -899,7 +901,7 @@ def _device(name):
 
 
 def default_workers(gpus):
-    """Loader processes of one of `gpus` processes: its share of the cores, at most 16.
+    """Loader processes per GPU: its share of the cores, at most 16.
 
     0 without a GPU, where the network itself keeps the cores busy.
     """
@@ -910,13 +912,13 @@ def default_workers(gpus):
     return min(16, cores // processes) if gpus else 0
 
 
-PREDICTION = {"window", "stride", "whole", "batch_size", "device"}
+PREDICT_OPTIONS = {"window", "stride", "whole", "batch_size", "device"}
 # What can be done, and the options that each reads. The first one given decides.
 ACTIONS = {
     "compare": (_compare, {"against", "split"}),
     "export": (_export, {"checkpoint"}),
-    "image": (_label_pictures, {"checkpoint", "masks", "pictures"} | PREDICTION),
-    "checkpoint": (_score, {"dataset", "data", "split", "pictures", "workers"} | PREDICTION),
+    "image": (_label_pictures, {"checkpoint", "masks", "pictures"} | PREDICT_OPTIONS),
+    "checkpoint": (_score, {"dataset", "data", "split", "pictures", "workers"} | PREDICT_OPTIONS),
 }
 
 
@@ -932,8 +934,8 @@ def _choose(args):
     function, reads = ACTIONS[action]
     for name in given:
         if name != action and name not in reads:
-            places = [f"--{other}" for other, (_, options) in ACTIONS.items() if name in options]
-            remedy = f"it goes with {' or '.join(places)}" if places else "run them one by one"
+            actions = [f"--{other}" for other, (_, options) in ACTIONS.items() if name in options]
+            remedy = f"it goes with {' or '.join(actions)}" if actions else "run them one by one"
             raise InputError(f"--{name.replace('_', '-')}: has no effect with --{action}; {remedy}")
     return function
 
@@ -947,7 +949,7 @@ def main():
     add("--export", metavar="FILE",
         help="write the bare network instead: .pt2 (torch.export) or .onnx")
     add("--compare", metavar="DIR", help="gains of the runs below it (no checkpoint needed)")
-    add("--against", nargs="+", metavar="NAME", help="the gains beside those of these runs, too")
+    add("--against", nargs="+", metavar="NAME", help="also the gains minus those of these runs")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, help="default: the checkpoint's")
     add("--data", metavar="DIR", help="its folder; default: the checkpoint's")

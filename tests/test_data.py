@@ -414,8 +414,8 @@ LABELS = {  # what is wrong: (how the label 0 1 2 1 is spoilt, what the message 
     "16 bits": (lambda p: Image.fromarray(np.zeros((1, 4), np.uint16)).save(p), "mode I"),
     "other values": (lambda p: put(p, [[0, 7, 7, 255]]), "outside the 3 classes: 7 (2 pixels)"),
     "palette in another order": (palette([(250, 170, 30), (128, 64, 128), (70, 130, 180)]),
-                                 "its palette shows class 1, traffic light, at another index"),
-    "palette of indices": (palette([(1, 1, 1), (0, 0, 0), (2, 2, 2)]), "its palette shows class"),
+                                 "its palette gives index 0 to class 1, traffic light;"),
+    "palette of indices": (palette([(1, 1, 1), (0, 0, 0), (2, 2, 2)]), "gives index 0 to class 1"),
     "another size": (lambda p: put(p, [[0, 1, 2]]), "3x1, but its image is 4x1"),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:40]), "truncated or not an image"),
     "missing": (lambda p: p.unlink(), "such file"),
@@ -463,7 +463,7 @@ def test_images_are_turned_as_programs_show_them_even_where_exif_data_are_damage
 def test_pictures_that_cannot_be_used_are_named(tmp_path, monkeypatch):
     put(tmp_path / "large.png", np.zeros((9, 10)))
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(InputError, match="deep.png: mode I.*more than 8 bits a channel; save it"):
+    with pytest.raises(InputError, match="deep.png: mode I.*more than 8 bits per channel; save it"):
         data.read_image(tmp_path / "deep.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     with pytest.raises(InputError, match="large.png: more than 80 pixels; cut it into tiles"):
@@ -496,7 +496,7 @@ def test_missing_folders_splits_and_two_images_of_one_label_are_named(tmp_path):
     with pytest.raises(InputError, match=r"train/0.png: no such file.*\(1 more are missing\)"):
         open_dataset("folder", root)
     put(root / "images" / "train" / "0.bmp", grey([[0]]))
-    with pytest.raises(InputError, match="two images are called 0 but for the ending"):
+    with pytest.raises(InputError, match="0.bmp and 0.png have the same name before"):
         open_dataset("folder", root)
     root = put_folder(tmp_path / "b", [[[0]]])
     shutil.rmtree(root / "images" / "val")
@@ -635,7 +635,7 @@ def test_values_get_their_classes_by_name_or_number(tmp_path, script, channels):
     code, out, last = script(root, "--convert", tmp_path / "new")
     assert code == 2 and "1 values or colours without a class" in last and "25.0%" in out
     code, _, last = script(root, "--convert", tmp_path / "new", "--map", "1=0", "2=1", "3=2")
-    assert code == 2 and "--map 1=0: the value 0 means this class, too" in last
+    assert code == 2 and "--map 1=0: value 0 is also road; add 0=0 if so" in last
     names = "1=road", "2=traffic light", "3=2", "0=ignore"
     assert script(root, "--convert", tmp_path / "new", "--map", *names)[0] == 0
     assert converted(tmp_path / "new") == [[0, 1, 2, 255]]
@@ -705,7 +705,7 @@ def test_cvats_labelmap_stands_for_classes_txt(tmp_path, script):
 
 @pytest.mark.parametrize("argv, words", (
     (("--map", "0"), "--map 0: takes VALUE=CLASS"), (("--map", "0=tree"), "--map 0=tree: takes"),
-    (("--map", "0=0", "0=1"), "--map 0=1: takes VALUE=CLASS once a value"),
+    (("--map", "0=0", "0=1"), "--map 0=1: takes VALUE=CLASS once per value"),
     (("--map", "2=1"), "--map 2=1: 1 is the name of a class and means something else, too"),
     (("--map", "2=ignore"), "--map 2=ignore: ignore is the name of a class and means something"),
     (("--ignore-colour", "1,2"), "argument --ignore-colour: must be R,G,B"),
@@ -718,9 +718,9 @@ def test_wrong_options_of_a_conversion_are_named(tmp_path, script, argv, words):
 
 @pytest.mark.parametrize("order, argv, words", (
     ((0, 1, 2), ("--ignore-colour", "70,130,180"),
-     "no label holds (70, 130, 180), they were read as 0, 1, 2;"),
-    ((1, 0, 2), ("--map", "2=ignore"), "no label holds 2, they were read as (128, 64, 128), (250"),
-    ((0, 1, 2), ("--map", "2=ignore", "7=0"), "no label holds 7, they were read as 0, 1, 2;")))
+     "no label holds (70, 130, 180), found: 0, 1, 2; nothing was written; use --map for values"),
+    ((1, 0, 2), ("--map", "2=ignore"), "no label holds 2, found: (128, 64, 128), (250"),
+    ((0, 1, 2), ("--map", "2=ignore", "7=0"), "no label holds 7, found: 0, 1, 2;")))
 def test_values_and_colours_that_no_label_has_stop_a_conversion(tmp_path, script, order, argv,
                                                                 words):
     root, new = put_folder(tmp_path / "d", [INDICES]), tmp_path / "new"
@@ -946,7 +946,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, words):
 
 @pytest.mark.parametrize("prefix, key", (("", None), ("module.", None), ("_orig_mod.module.", None),
                                          ("", "model"), ("model.", "state_dict")))
-def test_what_is_round_a_state_dict_is_taken_off_and_said(tmp_path, capsys, prefix, key):
+def test_what_surrounds_a_state_dict_is_left_out_and_said(tmp_path, capsys, prefix, key):
     inner = {f"{prefix}{k}": v for k, v in torch.nn.Linear(2, 1).state_dict().items()}
     # torchvision's own script saves its options, too
     outer = {key: inner, "args": argparse.Namespace(lr=0.1), "epoch": 3} if key else inner

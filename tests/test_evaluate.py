@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate as module
 from data import IGNORE, EvalImages, InputError, normalise, open_dataset
-from evaluate import (chart, class_map, colours_of, commonest, compare, comparison,
-                      confusion_matrix, evaluate, load_network, overlay, paint, predict, report,
-                      report_terms, scores, table)
+from evaluate import (chart, class_map, colours_of, compare, comparison, confusion_matrix,
+                      evaluate, load_network, miou_of_commonest_class, overlay, paint, predict,
+                      report, report_terms, scores, table)
 from losses import Outputs
 from student import Student
 from teacher import Teacher
@@ -117,10 +117,10 @@ def test_scores_of_a_small_case_by_hand():
     assert nothing == {"miou": 0, "iou": [None, None], "pixel_accuracy": 0}
 
 
-def test_commonest_is_the_score_of_one_answer_for_everything():
+def test_the_commonest_class_scores_as_one_answer_for_everything():
     # everything called class 0: of its 8 answers 6 are right, and class 1 is never found
-    assert commonest(torch.tensor([[6, 0], [1, 1]])) == pytest.approx((75 + 0) / 2)
-    assert commonest(torch.zeros(2, 2, dtype=torch.int64)) == 0
+    assert miou_of_commonest_class(torch.tensor([[6, 0], [1, 1]])) == pytest.approx((75 + 0) / 2)
+    assert miou_of_commonest_class(torch.zeros(2, 2, dtype=torch.int64)) == 0
 
 
 # ---------------------------------------------------------------- windows
@@ -308,8 +308,8 @@ def test_table_of_networks_says_where_the_mean_leaves_classes_out():
     part = {"miou": 7.0, "iou": [7.0, None], "pixel_accuracy": 90.0}
     rows = [("teacher", 1234567, 12.34, whole), ("student", 89, None, part)]
     lines = table(rows, ["sky", "tall grass"]).splitlines()
-    assert lines[1] == "teacher   1,234,567         12.3  50.00       90.00"
-    assert lines[2] == "student          89            -   7.00       90.00"
+    assert lines[1] == "teacher   1,234,567          12.3  50.00       90.00"
+    assert lines[2] == "student          89             -   7.00       90.00"
     assert lines[4].startswith("student: mean over 1 of 2 classes: the")
     assert [line.split() for line in lines[-2:]] == [["sky", "60.00", "7.00"],
                                                      ["tall", "grass", "40.00", "-"]]
@@ -562,7 +562,7 @@ def test_no_picture_of_another_origin_is_overwritten(checkpoint, photos, tmp_pat
     (["--image", "absent.png"], "absent.png"), (["--image", "{d}/empty"], "empty: no picture"),
     (["--image", "{d}/text.png"], "truncated or not an image"),
     (["--image", "{d}", "--pictures", "{d}"], "holds the pictures themselves"),
-    (["--image", "{d}/text.png", "{d}/empty/../text.png"], "two of the --image files"),
+    (["--image", "{d}/text.png", "{d}/empty/../text.png"], "two --image files have the same name"),
     (["--data", "absent"], "absent"), (["--checkpoint", "absent.pt"], "absent.pt"),
     (["--checkpoint", "{d}/text.png"], "text.png: not a readable checkpoint"),
     (["--masks"], "--masks: has no effect with --checkpoint; it goes with --image"),
