@@ -37,8 +37,9 @@ import losses
 from data import (DATASETS, DataSet, InputError, Parser, TrainStream, at_least, command,
                   judge_labels, load_checkpoint, load_strictly, locked, normalise, open_dataset,
                   progress, quiet_worker, save_tensors, scan_labels, unwrap, write_atomically)
-from evaluate import (commonest, comparison, default_workers, evaluate, load_network, read_scores,
-                      report, report_terms, scores, table, write_scores)
+from evaluate import (comparison, default_workers, evaluate, load_network,
+                      miou_of_commonest_class, read_scores, report, report_terms, scores, table,
+                      write_scores)
 from losses import METHODS, cross_entropy, total_loss
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
 from teacher import (TEACHERS, PoolFitter, Teacher, average_precision, initialise, is_backbone,
@@ -947,7 +948,7 @@ def scores_of_given(plan, args, teacher, given):
         write_scores(given.folder, "val", result, {"conditions": scored_with})
     row = f"teacher {args.teacher}", count_parameters(teacher), None, result
     print(table([row], plan.data.classes))
-    if result["miou"] <= commonest(matrix):
+    if result["miou"] <= miou_of_commonest_class(matrix):
         print("WARNING: this teacher is no better than always answering the commonest class: are "
               "its classes in this order, its pictures RGB with ImageNet's mean and deviation?")
     return result

@@ -423,7 +423,7 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
         lambda d: [put(p, 0 * np.array(Image.open(p)) + 255) for p in d.glob("labels/train/*")],
         "", "{d}: no label of train has a labelled pixel"),
     "no classes.txt": (lambda d: (d / "classes.txt").unlink(), "",
-                       "{d}/classes.txt: no such file; write one line a class"),
+                       "{d}/classes.txt: no such file; write one line per class"),
     "name that leaves the folder": (None, "--name ..", "--name ..: leaves the folder of the runs"),
     "batch of one image": (None, "--batch-size 1", "--batch-size: must be at least 2"),
     "no GPU": (None, "--gpus 1", "--gpus 1: 0 CUDA devices found; use --gpus 0"),

@@ -308,7 +308,7 @@ def test_a_backbones_file_fills_the_backbone_wrapped_or_not(tmp_path, capsys, na
         initialise(net, name, tmp_path / "backbone.pth")
         text = capsys.readouterr().out
         assert text.endswith(f" tensors of {left}\n")
-        assert ("read without" in text) == (content is wrapped)
+        assert ("unwrapped" in text) == (content is wrapped)
         assert all(torch.equal(v, state[prefix + k])
                    for k, v in net.backbone.state_dict().items())
 

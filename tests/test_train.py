@@ -400,7 +400,7 @@ def test_a_backbones_file_starts_stage_one(folder, tmp_path, monkeypatch, capsys
     assert all(torch.equal(v, state[f"features.{k}"]) for k, v in started[0].items())
     text = capsys.readouterr().out
     assert "stages: teacher deeplabv3_mobilenet_v2: 1 steps; pool: 1 steps" in text
-    assert "backbone.pth: read without what surrounds its 'model'" in text
+    assert "backbone.pth: unwrapped, leaving out everything outside 'model'" in text
     stage = last(tmp_path / "folder/teacher-deeplabv3_mobilenet_v2")["stage"]
     assert stage["initial"].startswith("backbone.pth, sha256 ") and stage["rate"] == 0.01
 
@@ -454,7 +454,7 @@ def test_a_teacher_trained_elsewhere_is_read_from_a_plain_state_dict(folder, tmp
     argv = options(folder, tmp_path / "runs", "--method", "kd", "--teacher-weights",
                    tmp_path / "mine.pth")
     for lowest, warned in ((100.0, 1), (-1.0, 0)):
-        monkeypatch.setattr(train, "commonest", lambda matrix: lowest)
+        monkeypatch.setattr(train, "miou_of_commonest_class", lambda matrix: lowest)
         train_with(argv)
         text = capsys.readouterr().out
         assert text.count("WARNING: this teacher is no better than always answering") == warned
