@@ -10,8 +10,8 @@ Stage 1 trains the teacher (`train_teacher`), stage 2 fits the pool P (`fit_pool
 """
 import os
 
-# Idle OpenMP threads spin and slow a busy machine. This makes them sleep soon. It is read when torch
-# is imported
+# Idle OpenMP threads spin and slow a busy machine. This makes them sleep soon. It is read when
+# torch is imported
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import csv
