@@ -81,7 +81,7 @@ def gradients_in_float64(args, machine, folder, images, labels):
     student = Student(args.student, 3)
 
     class Recording(train.Log):
-        def close_row(self, step, optimizer, module):
+        def average_row(self, step, optimizer, module):
             gradient = torch.cat([p.grad.flatten() for p in module.parameters()])
             terms = dict(zip(self.names, self.values[0].tolist()))
             found[name] = gradient, terms, self.gradients[0]
@@ -110,7 +110,7 @@ def gradients_in_float64(args, machine, folder, images, labels):
             args.term_weights = train.term_weights(args)
             args.out = f"{args.out}-"  # a folder without a checkpoint
             needs = losses.METHODS[args.method].needs
-            run = train.Plan(args, machine, pictures, DIGESTS).student(args.method)
+            run = train.Plan(args, machine, pictures, DIGESTS).student_run(args.method)
             train.distil(run, "none", teacher if "teacher" in needs else None,
                          pool if "A_l" in needs else None)
     return found
@@ -176,7 +176,7 @@ def test_the_processes_share_one_stream(folder, tmp_path, unlabelled):
 
     def batches(*who):
         args, machine = prepare(options(folder, tmp_path, "--teacher-steps", 6), *who)
-        run = train.Plan(args, machine, pictures, DIGESTS).teacher()
+        run = train.Plan(args, machine, pictures, DIGESTS).teacher_run()
         found = list(train.batches(run, 1, unlabelled))  # continued
         assert [step for step, *_ in found] == [2, 3, 4, 5, 6]
         return [batch for _, *batch in found]
@@ -284,7 +284,7 @@ def started(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(os, "execv", replaced)
     monkeypatch.setattr(dist, "init_process_group", lambda name, **_: calls.group.append(name))
-    monkeypatch.setattr(train, "settings", lambda *_: None)
+    monkeypatch.setattr(train, "set_torch_flags", lambda *_: None)
     monkeypatch.setattr(train, "train", lambda _, machine: setattr(calls, "machine", machine))
     monkeypatch.setattr(train.Stop, "listen", listen)
     return calls
