@@ -286,7 +286,8 @@ def read_runs(folder, split):
     if not students:
         raise InputError(f"{folder}: no results-{split}.json of a student below it; "
                          f"run train.py, or evaluate.py --split {split}")
-    _refuse_differences({path: _conditions(result) for path, result in students.items()})
+    _refuse_differences({path: _conditions(result) for path, result in students.items()},
+                        "compare runs of the same conditions, and train others with another --out")
     alone, taught = {}, {}
     for path, result in students.items():
         teacher = json.dumps(result["conditions"].get("teacher_identity"), sort_keys=True)
@@ -311,7 +312,8 @@ def _conditions(result):
 
 def _by_name_and_seed(results):
     """label or method -> seed -> result. results: path -> result, of one teacher and of `ce`."""
-    _refuse_differences({path: _options(result) for path, result in results.items()})
+    _refuse_differences({path: _options(result) for path, result in results.items()},
+                        "train runs of other options with another --name")
     runs = {}
     for path, result in results.items():
         seeds = runs.setdefault(_label(result), {})
@@ -332,10 +334,10 @@ def _options(result):
     return {f"{key} of {_label(result)}": value for key, value in options.items()}
 
 
-def _refuse_differences(results):
+def _refuse_differences(results, remedy):
     """Raises InputError where a result differs from one before it in a value that both have.
 
-    results: path -> what to compare, name -> value.
+    results: path -> what to compare, name -> value. remedy: how to keep such runs apart.
     """
     seen = {}
     for path, values in results.items():
@@ -343,9 +345,7 @@ def _refuse_differences(results):
                      if seen.setdefault(name, (value, path))[0] != value]
         if differing:
             other = seen[differing[0]][1]
-            raise InputError(f"{path}: differs from {other} in {', '.join(differing)}; "
-                             "compare runs of the same conditions, "
-                             "and give those of other options another --name")
+            raise InputError(f"{path}: differs from {other} in {', '.join(differing)}; {remedy}")
 
 
 def _what_differs(teachers):
