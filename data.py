@@ -716,6 +716,26 @@ def check(name, root):
         print(f"{split}: {share:.1%} of the labels' pixels are ignored")
     for line in judge_labels(data, scan) or ["every class has a pixel in every split"]:
         print(line)
+    for line in pictures_in_two_splits(data):
+        print(line)
+
+
+def pictures_in_two_splits(data):
+    """One line, with an example, where a picture stands in two splits. Their names may differ."""
+    files = [(split, image) for split, pairs in data.pairs.items() for image, _ in pairs]
+
+    def digest(item):
+        return hashlib.sha256(item[1].read_bytes()).digest()
+
+    first, twice = {}, []
+    for file, found in zip(files, in_threads(digest, files, desc="comparing", unit="images")):
+        split, image = first.setdefault(found, file)
+        if split != file[0]:
+            twice.append((image, file[1]))
+    if not twice:
+        return []
+    return [f"WARNING: {len(twice)} pictures are in two splits, for instance {twice[0][0]} and "
+            f"{twice[0][1]}: scores will be too good; keep each in one"]
 
 
 # ---------------------------------------------------------------- data.py --convert

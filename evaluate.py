@@ -298,6 +298,12 @@ def read_runs(folder, split):
             for teacher, group in groups.items()]
 
 
+def not_scored(folder, split):
+    """Names of the students' folders below `folder` that have scores on val, but not on `split`."""
+    return [path.parent.name for path in sorted(Path(folder).rglob("results-val.json"))
+            if not path.with_name(f"results-{split}.json").exists() and read_scores(path)["method"]]
+
+
 def _conditions(result):
     """What must agree in all runs of a comparison. Their teachers may differ."""
     conditions = dict(result["conditions"])
@@ -809,6 +815,8 @@ def _why_not_kept(args, state, data, split, windows):
     scored = data_folder(data.name, args.data or state.get("data"))
     if data.name != state["dataset"] or scored.resolve() != own.resolve():
         return "other data than the run's own"
+    if args.whole:
+        return "--whole, but training validates with windows"
     if windows["window"] != state["window"] or args.stride:
         return "another window or --stride than in training"
     if Path(args.checkpoint).name != "last.pt":
@@ -877,7 +885,11 @@ def _export(args):
 
 def _compare(args):
     """What --compare does."""
-    print(compare(args.compare, args.split or "val", args.against or ()))
+    split = args.split or "val"
+    print(compare(args.compare, split, args.against or ()))
+    if missing := not_scored(args.compare, split):
+        print(f"\nNOTE: no {split} scores of {', '.join(missing)}; evaluate.py --checkpoint "
+              f"FOLDER/last.pt --split {split} adds them")
 
 
 def _window_options(args, state):

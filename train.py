@@ -808,7 +808,9 @@ def announce(plan, args):
           f"images, {len(plan.data.classes)} classes; recipe {args.recipe}; seed {args.seed}; "
           f"device {plan.machine.device}")
     if pairs.get("unlabelled"):
-        print(f"{len(pairs['unlabelled'])} images without labels, for methods with A_v")
+        used = [method for method in plan.methods if "A_v" in METHODS[method].needs]
+        print(f"{len(pairs['unlabelled'])} images without labels, used by "
+              f"{' and '.join(used) or 'none of these methods'}")
     stages = [f"student {args.student}, {method}: {args.steps:,} steps" for method in plan.methods]
     if "A_l" in plan.needs and not args.clip:
         stages.insert(0, f"pool: {args.pool_steps:,} steps")
@@ -1004,8 +1006,8 @@ def pool_report_text(answers, truth, classes):
     frequency = truth.mean(0)
     some = (frequency > 0) & (frequency < 1)
     if not some.any():
-        return (f"pool: no class is in some of the {len(truth)} val crops and not in others: "
-                "nothing to measure")
+        return (f"pool: not measured, because each class is in all of the {len(truth)} val crops "
+                "or in none")
     precision = average_precision(answers, truth)[some].mean()
     always = ", ".join(name for name, f in zip(classes, frequency) if f == 1)
     return (f"pool: mean average precision on {len(truth)} val crops {100 * precision:.1f}, class "

@@ -531,6 +531,19 @@ def test_labels_that_cannot_be_trained_on_or_scored_are_refused(tmp_path, script
     assert code == 2 and last.startswith(f"error: {tmp_path}: ") and words in last
 
 
+def test_a_picture_in_two_splits_is_told(tmp_path, script):
+    pictures = put_folder(tmp_path, [[[0, 1, 2]]] * 2) / "images"
+    for i, path in enumerate(sorted(pictures.rglob("*.*"))):
+        put(path.with_suffix(".png"), np.full((1, 3, 3), i, np.uint8))
+        if path.suffix != ".png":
+            path.unlink()
+    assert "two splits" not in script(tmp_path, "--check")[1]
+    shutil.copy(pictures / "train/1.png", pictures / "val/0.png")
+    code, out, _ = script(tmp_path, "--check")
+    assert code == 0 and (f"WARNING: 1 pictures are in two splits, for instance "
+                          f"{pictures}/train/1.png and {pictures}/val/0.png") in out
+
+
 def test_masks_of_0_and_255_among_others_are_noted(tmp_path, script):
     _, out, _ = script(put_folder(tmp_path, [[[0, 1, 2]], [[0, 0, 255]]]), "--check")
     note, = (line for line in out.splitlines() if "of the 2 labels of train" in line)

@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import json
+import shutil
 import os
 import random
 import re
@@ -460,7 +461,7 @@ def test_exported_onnx_is_the_same_function(checkpoint, tmp_path, run):
     ([], {}, "copy.pt", "the file is not the last.pt of its folder"),
     ([], {"dataset": "folder", "window": 32}, "last.pt", None),
     (["--data", "{d}"], {"data": "/another"}, "last.pt", "other data than the run's own"),
-    (["--whole"], {}, "last.pt", "another window or --stride"),
+    (["--whole"], {}, "last.pt", "--whole, but training validates with windows"),
     (["--window", "40"], {}, "last.pt", "another window or --stride"),
     (["--stride", "16"], {}, "last.pt", "another window or --stride")])
 def test_only_a_score_that_is_the_runs_own_is_kept(checkpoint, root, run, capsys, options, changes,
@@ -626,6 +627,18 @@ def test_gains_are_paired_by_seed(tmp_path):
     assert line(text, "mine") == ["mine", "3", "54.33", "1.53", "+3.33", "[+1.90,", "+4.77]"]
     assert line(text, "sky") == ["sky", "51.00", "52.33", "54.33"]
     assert line(text, "cat") == ["cat", "-", "-", "-"]
+
+
+def test_runs_without_scores_on_the_split_are_named(tmp_path, run, capsys):
+    write_runs(tmp_path, {"ce": [50], "kd": [51], "mine:c2vkd": [53]})
+    write_runs(tmp_path, {"teacher": [80]}, method=None, conditions=None)
+    for name in ("ce-seed0", "kd-seed0"):
+        shutil.copy(tmp_path / name / "results-val.json", tmp_path / name / "results-test.json")
+    run("--compare", tmp_path, "--split", "test")
+    text = capsys.readouterr().out
+    assert "NOTE: no test scores of mine-seed0; evaluate.py --checkpoint" in text
+    run("--compare", tmp_path)
+    assert "NOTE" not in capsys.readouterr().out
 
 
 def test_gains_against_another_method_are_paired_by_seed_too(tmp_path):

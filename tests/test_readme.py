@@ -73,7 +73,7 @@ def run(monkeypatch, line, *more):
     _, script, *words = shlex.split(line)
     if script == "train.py":
         more += tuple(CUT)
-    if "small" in words:  # the recipe downloads ImageNet weights
+    if script == "train.py" and "folder" in words:  # the recipe downloads ImageNet weights
         more += ("--teacher-weights", "none", "--crop", "64", "--base", "64")
     monkeypatch.setattr(sys, "argv", [script, *words, *more])
     SCRIPTS[script]()

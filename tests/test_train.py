@@ -260,7 +260,7 @@ def test_images_without_labels_serve_the_feature_losses_alone(tmp_path, monkeypa
         train_with(options(folder, tmp_path, *few, "--method", method))
     assert unlabelled.pop("fitnet-mit_nano-seed0") == 8  # half of 16
     assert set(unlabelled.values()) == {0} and len(unlabelled) == 2
-    assert "4 images without labels, for methods with A_v" in capsys.readouterr().out
+    assert "4 images without labels, used by fitnet" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the teacher is found again
