@@ -107,7 +107,7 @@ class StandIn(nn.Module):
 
 
 def test_every_command_and_every_python_block_run_in_order(as_a_user, capsys):
-    printed, names = [], {}
+    printed, names = {}, {}
     for language, block in blocks():
         if language == "python":
             if "path/to/export" in block:  # it fills the folder of the later commands
@@ -117,8 +117,8 @@ def test_every_command_and_every_python_block_run_in_order(as_a_user, capsys):
             for line in block.strip().splitlines():
                 if line not in NOT_RUN:
                     run(as_a_user, line)
-        printed.append(capsys.readouterr().out)
-    text = "".join(printed)
+        printed[block] = capsys.readouterr().out
+    text = "".join(printed.values())
     for said in ("gain over ce", "0 faulty", "student c2vkd", "torch.Size([1, 64, 80])"):
         assert said in text, said
     split = Path("path/to/split")
@@ -127,6 +127,13 @@ def test_every_command_and_every_python_block_run_in_order(as_a_user, capsys):
     run(as_a_user, "python data.py --convert path/to/new --dataset folder --data path/to/split")
     assert len(list(Path("path/to/new/images/test").iterdir())) == 3
     assert len(list(Path("overlays").iterdir())) == len(list(Path("masks").iterdir())) == 1
+
+    first = next(out for block, out in printed.items() if "\npython train.py\n" in block)
+    files = {path: path.read_bytes() for path in Path("runs").rglob("*.pt")}
+    run(as_a_user, "python train.py")  # again: it prints the table and trains nothing
+    again = capsys.readouterr().out
+    assert first.split("IoU of each class")[1] == again.split("IoU of each class")[1]
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*.pt")} == files
 
     run(as_a_user, "python train.py --method hint")  # the loss that the README adds
     assert "\nstudent hint " in capsys.readouterr().out
@@ -150,13 +157,3 @@ def test_every_method_of_the_code_is_in_the_table_with_its_weights():
         row = next(line for line in DETAILS.splitlines() if line.startswith(f"| `{name}` |"))
         for term, weight in method.weights.items():
             assert re.search(rf"\b{term} {weight:g}\b", row), (name, term)
-
-
-def test_the_first_command_again_prints_the_table_without_training(as_a_user, capsys):
-    run(as_a_user, "python train.py")
-    first = capsys.readouterr().out
-    files = {path: path.read_bytes() for path in Path("runs").rglob("*.pt")}
-    run(as_a_user, "python train.py")
-    again = capsys.readouterr().out
-    assert first.split("IoU of each class")[1] == again.split("IoU of each class")[1]
-    assert {path: path.read_bytes() for path in Path("runs").rglob("*.pt")} == files
