@@ -203,7 +203,7 @@ class Stage:
     kl: str | None = None
     teach: str | None = None  # until when the teacher's terms count: outgrown or end
     val_every: int | None = None  # steps between validations, where they can end the teaching
-    unlabelled: int = 0  # pictures without labels that the method uses
+    unlabelled: str | None = None  # digest of the pictures without labels that the method uses
     teacher: dict | None = None  # the teacher's Stage, or name and digest of a given one
     pool: dict | None = None  # the pool's Stage, or the digest of CLIP's file
 
@@ -716,6 +716,9 @@ class Plan:
         args, needs = self.args, METHODS[method].needs
         asked = method == args.method
         outgrows = "teacher" in needs and args.teach == "outgrown"
+        unlabelled = None
+        if self.data.pairs.get("unlabelled"):
+            unlabelled = digest_of_pictures(self.data, "unlabelled")
         stage = Stage(
             stage="student", network=args.student,
             initial=identity_of_weights(args.student_weights), steps=args.steps, rate=args.lr,
@@ -724,7 +727,7 @@ class Plan:
             kl=args.kl if METHODS[method].has_direction else None,
             teach=args.teach if "teacher" in needs else None,
             val_every=self.val_every if outgrows else None,
-            unlabelled=len(self.data.pairs.get("unlabelled", ())) if "A_v" in needs else 0,
+            unlabelled=unlabelled if "A_v" in needs else None,
             teacher=teacher and teacher.identity, pool=pool, **self.common)
         name = f"{method}-{args.student}-seed{args.seed}"
         label = None
@@ -752,13 +755,13 @@ def open_labelled(args):
         scan = scan_labels(data, cache)
     for line in judge_labels(data, scan):
         print(line)
-    return data, {"labels": scan.digest, "pictures": digest_of_pictures(data)}
+    return data, {"labels": scan.digest, "pictures": digest_of_pictures(data, "train", "val")}
 
 
-def digest_of_pictures(data):
-    """Digest of the names and sizes of the pictures that are trained on or validated."""
+def digest_of_pictures(data, *splits):
+    """Digest of the names and sizes of the pictures in these splits."""
     digest = hashlib.sha256()
-    for split in ("train", "val", "unlabelled"):
+    for split in splits:
         for picture, _ in data.pairs.get(split, ()):
             digest.update(f"{split}/{picture.name} {picture.stat().st_size}\n".encode())
     return digest.hexdigest()

@@ -261,6 +261,10 @@ def test_images_without_labels_serve_the_feature_losses_alone(tmp_path, monkeypa
     assert unlabelled.pop("fitnet-mit_nano-seed0") == 8  # half of 16
     assert set(unlabelled.values()) == {0} and len(unlabelled) == 2
     assert "4 images without labels, used by fitnet" in capsys.readouterr().out
+    Image.new("RGB", (64, 64)).save(folder / "images/unlabelled/another.png")
+    train_with(options(folder, tmp_path, *few, "--method", "ce"))  # it goes on as before
+    with pytest.raises(InputError, match="fitnet-mit_nano-seed0/last.pt: .*: unlabelled "):
+        train_with(options(folder, tmp_path, *few, "--method", "fitnet"))
 
 
 # ---------------------------------------------------------------- the teacher is found again
