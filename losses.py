@@ -123,7 +123,7 @@ def patch_loss(V_S, V_T):
 
     V_S, V_T: (B,C,h,w). i and j run over all patches of the batch, across images too.
     """
-    # differs: the paper has M = X X^T / (C-1). The release computes the same from rows that are
+    # differs: the paper has M = X X^T / (C-1). The release uses this formula, but its rows are
     # first normalised and then centred. Here the rows are the release's, but the factor 1/(C-1) is
     # left out, because it would make the term (C-1)^2 times smaller.
     # Centring shortens the rows, so M holds no cosines: behind a ReLU M_ii is 0.3 to 0.7
@@ -146,8 +146,9 @@ def pdd_loss(z_S, z_T, labels, kl="forward"):
 
     z_S, z_T: (B,K,h,w), resized to labels (B,H,W). i runs over t and nt. p is the student's pair
     (p_t, p_nt) and q_t = (p_t^T + 1)/2 = 1 - p_nt^T/2, q_nt = p_nt^T/2. The temperature is 1. The
-    factor 1/2 is alpha = beta: the paper finds 1:1 best, the release has 0.5. Unequal factors would
-    move the minimum away from p = q, forward to p_t = alpha q_t / (alpha q_t + beta q_nt).
+    paper weights the summands of t and nt by alpha and beta. Here both are 1/2: the paper finds 1:1
+    best, the release has 0.5 each. Unequal ones would move the minimum away from p = q. In the
+    forward direction it would be at p_t = alpha q_t / (alpha q_t + beta q_nt).
 
     Forward, this is 1/2 (BCE-with-logits(m_S, q_t) - H(q)), and the entropy H(q) does not depend on
     the student. So it is cross-entropy whose target the teacher softens. The derivative of a
