@@ -721,8 +721,9 @@ def check(name, root):
 
 
 def pictures_in_two_splits(data):
-    """One line, with an example, where a picture stands in two splits. Their names may differ."""
-    files = [(split, image) for split, pairs in data.pairs.items() for image, _ in pairs]
+    """One line, with an example, where two splits hold the same picture, byte for byte."""
+    files = [(split, image) for split, pairs in data.pairs.items()
+             for image, label in pairs if label]
 
     def digest(item):
         return hashlib.sha256(item[1].read_bytes()).digest()
@@ -734,8 +735,8 @@ def pictures_in_two_splits(data):
             twice.append((image, file[1]))
     if not twice:
         return []
-    return [f"WARNING: {len(twice)} pictures are in two splits, for instance {twice[0][0]} and "
-            f"{twice[0][1]}: scores will be too good; keep each in one"]
+    return [f"WARNING: pictures that are in two splits: {len(twice)}, for instance {twice[0][0]} "
+            f"and {twice[0][1]}; scores will be too good, so keep each in one split"]
 
 
 # ---------------------------------------------------------------- data.py --convert

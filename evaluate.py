@@ -299,9 +299,10 @@ def read_runs(folder, split):
 
 
 def not_scored(folder, split):
-    """Names of the students' folders below `folder` that have scores on val, but not on `split`."""
-    return [path.parent.name for path in sorted(Path(folder).rglob("results-val.json"))
-            if not path.with_name(f"results-{split}.json").exists() and read_scores(path)["method"]]
+    """Names of the students' folders below `folder` that have no scores on `split`."""
+    lasts = sorted(path.relative_to(folder) for path in Path(folder).rglob("last.pt"))
+    return [last.parent.name for last in lasts if not str(last).startswith("teacher-")
+            and not (folder / last).with_name(f"results-{split}.json").exists()]
 
 
 def _conditions(result):
@@ -887,9 +888,9 @@ def _compare(args):
     """What --compare does."""
     split = args.split or "val"
     print(compare(args.compare, split, args.against or ()))
-    if missing := not_scored(args.compare, split):
-        print(f"\nNOTE: no {split} scores of {', '.join(missing)}; evaluate.py --checkpoint "
-              f"FOLDER/last.pt --split {split} adds them")
+    if missing := not_scored(Path(args.compare), split):
+        print(f"\nNOTE: no {split} scores of {', '.join(missing)}: finish them, or score them with "
+              f"evaluate.py --checkpoint FOLDER/last.pt --split {split}")
 
 
 def _window_options(args, state):

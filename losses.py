@@ -454,9 +454,9 @@ def fitnet_loss(V_S, V_T):
 
 
 # ---------------------------------------------------------------- the methods
-# A method is a function and its row in METHODS, and a new method needs nothing else. The function
-# reads (S, T, labels), the two networks' Outputs and the labels (B,H,W), and returns named
-# unweighted terms. If it has a parameter `kl`, it gets the value of --kl.
+# A method is a function and its row in METHODS. If it has no parameters to train, a new one needs
+# nothing else. The function reads (S, T, labels), the two networks' Outputs and the labels (B,H,W),
+# and returns named unweighted terms. If it has a parameter `kl`, it gets the value of --kl.
 
 def on_one_grid(labels, *maps):
     """The maps, then the labels, at crop/8, rounded up. A teacher of stride 8 has this grid."""

@@ -203,7 +203,7 @@ class Stage:
     kl: str | None = None
     teach: str | None = None  # until when the teacher's terms count: outgrown or end
     val_every: int | None = None  # steps between validations, where they can end the teaching
-    unlabelled: str | None = None  # digest of the pictures without labels that the method uses
+    unlabelled: str | int = 0  # digest of the pictures without labels that the method uses
     teacher: dict | None = None  # the teacher's Stage, or name and digest of a given one
     pool: dict | None = None  # the pool's Stage, or the digest of CLIP's file
 
@@ -679,10 +679,11 @@ class Plan:
         self.needs = set().union(*(METHODS[method].needs for method in self.methods))
         if args.method == "teacher":
             self.needs = {"teacher", "A_l"}
+        self.unlabelled = digests["unlabelled"]
         self.common = dict(
             warmup=args.warmup, batch_size=args.batch_size, base=args.base, crop=args.crop,
             scale=tuple(args.scale), dataset=args.dataset, classes=tuple(data.classes),
-            **digests)
+            labels=digests["labels"], pictures=digests["pictures"])
 
     def run(self, stage, folder, **more):
         """A Run. `more` goes into the description that evaluate.py reads."""
@@ -716,9 +717,6 @@ class Plan:
         args, needs = self.args, METHODS[method].needs
         asked = method == args.method
         outgrows = "teacher" in needs and args.teach == "outgrown"
-        unlabelled = None
-        if self.data.pairs.get("unlabelled"):
-            unlabelled = digest_of_pictures(self.data, "unlabelled")
         stage = Stage(
             stage="student", network=args.student,
             initial=identity_of_weights(args.student_weights), steps=args.steps, rate=args.lr,
@@ -727,7 +725,7 @@ class Plan:
             kl=args.kl if METHODS[method].has_direction else None,
             teach=args.teach if "teacher" in needs else None,
             val_every=self.val_every if outgrows else None,
-            unlabelled=unlabelled if "A_v" in needs else None,
+            unlabelled=self.unlabelled if "A_v" in needs else 0,
             teacher=teacher and teacher.identity, pool=pool, **self.common)
         name = f"{method}-{args.student}-seed{args.seed}"
         label = None
@@ -744,7 +742,7 @@ class Plan:
 
 
 def open_labelled(args):
-    """The DataSet, and the digests of labels and pictures that a Stage keeps.
+    """The DataSet, and the three digests that a Stage keeps.
 
     Raises InputError for data that cannot train.
     """
@@ -755,16 +753,17 @@ def open_labelled(args):
         scan = scan_labels(data, cache)
     for line in judge_labels(data, scan):
         print(line)
-    return data, {"labels": scan.digest, "pictures": digest_of_pictures(data, "train", "val")}
+    return data, {"labels": scan.digest, "pictures": digest_of_pictures(data, "train", "val"),
+                  "unlabelled": digest_of_pictures(data, "unlabelled")}
 
 
 def digest_of_pictures(data, *splits):
-    """Digest of the names and sizes of the pictures in these splits."""
+    """Digest of the names and sizes of the pictures in these splits, 0 without any."""
     digest = hashlib.sha256()
     for split in splits:
         for picture, _ in data.pairs.get(split, ()):
             digest.update(f"{split}/{picture.name} {picture.stat().st_size}\n".encode())
-    return digest.hexdigest()
+    return digest.hexdigest() if any(data.pairs.get(split) for split in splits) else 0
 
 
 def check_early(plan, args):
@@ -1083,8 +1082,8 @@ RECIPES = {
         pool_steps=60, student="mit_nano", student_weights="none", steps=400),
 }
 
-# Ten times the usual weights: best in short training on shapes, harmful under a teacher from
-# ImageNet weights
+# They are ten times VLFD_WEIGHTS of losses.py. They did best in short training on shapes, and harm
+# under a teacher from ImageNet weights
 VLFD_OF_SHAPES = {"gb": 10.0, "pc": 20.0, "lc": 2.0}
 
 

@@ -22,7 +22,7 @@ import train
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
 RESNET10 = teacher.TEACHERS["deeplabv3_resnet10"]
 TEACHER = "teacher-deeplabv3_resnet10"  # its folder
-DIGESTS = {"labels": "some", "pictures": "some"}  # of data that a Plan is made for
+DIGESTS = {"labels": "some", "pictures": "some", "unlabelled": 0}  # of data that a Plan is made for
 
 
 def small_net(classes):

@@ -540,7 +540,7 @@ def test_a_picture_in_two_splits_is_told(tmp_path, script):
     assert "two splits" not in script(tmp_path, "--check")[1]
     shutil.copy(pictures / "train/1.png", pictures / "val/0.png")
     code, out, _ = script(tmp_path, "--check")
-    assert code == 0 and (f"WARNING: 1 pictures are in two splits, for instance "
+    assert code == 0 and (f"WARNING: pictures that are in two splits: 1, for instance "
                           f"{pictures}/train/1.png and {pictures}/val/0.png") in out
 
 
