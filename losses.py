@@ -147,7 +147,7 @@ def pdd_loss(z_S, z_T, labels, kl="forward"):
     z_S, z_T: (B,K,h,w), resized to labels (B,H,W). i runs over t and nt. p is the student's pair
     (p_t, p_nt) and q_t = (p_t^T + 1)/2 = 1 - p_nt^T/2, q_nt = p_nt^T/2. The temperature is 1. The
     paper weights the summands of t and nt by alpha and beta. Here both are 1/2: the paper finds 1:1
-    best, the release has 0.5 each. Unequal ones would move the minimum away from p = q. In the
+    best, the release passes 0.5 each. Unequal ones would move the minimum away from p = q. In the
     forward direction it would be at p_t = alpha q_t / (alpha q_t + beta q_nt).
 
     Forward, this is 1/2 (BCE-with-logits(m_S, q_t) - H(q)), and the entropy H(q) does not depend on

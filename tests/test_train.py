@@ -329,7 +329,7 @@ def test_the_pools_report_is_printed_once(folder, tmp_path, monkeypatch, capsys)
     train_with(argv)
     text = capsys.readouterr().out
     assert stops == 5  # one in stage 1, four in stage 2
-    assert text.count("pool: mean average precision") + text.count("pool: no class is in") == 1
+    assert text.count("pool: mean average precision") + text.count("pool: not measured") == 1
 
 
 def test_labels_that_were_changed_are_refused_by_finished_stages(folder, out, tmp_path, capsys):
