@@ -300,9 +300,11 @@ def read_runs(folder, split):
 
 def not_scored(folder, split):
     """Names of the students' folders below `folder` that have no scores on `split`."""
-    lasts = sorted(path.relative_to(folder) for path in Path(folder).rglob("last.pt"))
-    return [last.parent.name for last in lasts if not str(last).startswith("teacher-")
-            and not (folder / last).with_name(f"results-{split}.json").exists()]
+    lasts = sorted(path.relative_to(folder) for path in folder.rglob("last.pt"))
+    students = [last for last in lasts
+                if not any(part.startswith("teacher-") for part in last.parts)]
+    return [last.parent.name for last in students
+            if not (folder / last).with_name(f"results-{split}.json").exists()]
 
 
 def _conditions(result):

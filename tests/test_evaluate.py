@@ -630,16 +630,18 @@ def test_gains_are_paired_by_seed(tmp_path):
 
 
 def test_runs_without_scores_on_the_split_are_named(tmp_path, run, capsys):
-    write_runs(tmp_path, {"ce": [50], "kd": [51], "mine:c2vkd": [53]})
-    write_runs(tmp_path, {"teacher": [80]}, method=None, conditions=None)
+    folder = tmp_path / "shapes"
+    write_runs(folder, {"ce": [50], "kd": [51], "mine:c2vkd": [53]})
+    write_runs(folder, {"teacher": [80]}, method=None, conditions=None)
     for name in ("ce-seed0", "kd-seed0", "mine-seed0", "teacher-resnet10", "teacher-resnet10/pool"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "last.pt").touch()
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "last.pt").touch()
     for name in ("ce-seed0", "kd-seed0"):
-        shutil.copy(tmp_path / name / "results-val.json", tmp_path / name / "results-test.json")
-    run("--compare", tmp_path, "--split", "test")
-    text = capsys.readouterr().out
-    assert "NOTE: no test scores of mine-seed0: finish them, or score them with" in text
+        shutil.copy(folder / name / "results-val.json", folder / name / "results-test.json")
+    for above in (folder, tmp_path):  # the folder of a data set, or of all
+        run("--compare", above, "--split", "test")
+        text = capsys.readouterr().out
+        assert "NOTE: no test scores of mine-seed0: finish them, or score them with" in text
     run("--compare", tmp_path)
     assert "NOTE" not in capsys.readouterr().out
 
