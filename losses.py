@@ -60,10 +60,10 @@ def total_loss(terms, weights):
     return sum(weights[name] * term for name, term in terms.items())
 
 
-def c2vkd(S, T, labels, kl="forward"):
+def c2vkd(S, T, labels, kl="forward", everywhere=False):
     """The four losses of Eq. 10, unweighted. No separate cross-entropy: PDD contains the label."""
     V_S, V_T = visual_maps(S, T)  # B,C_T,h,w
-    return {"pdd": pdd_loss(S.logits, T.logits, labels, kl),  # Eq. 8-9
+    return {"pdd": pdd_loss(S.logits, T.logits, labels, kl, everywhere),  # Eq. 8-9
             "gb": global_visual_loss(V_S, V_T, kl),  # Eq. 4
             "pc": patch_loss(V_S, V_T),  # Eq. 5-7
             "lc": linguistic_loss(S.embedding, T.embedding, kl)}  # Eq. 3
@@ -139,10 +139,12 @@ def patch_loss(V_S, V_T):
 
 # ---------------------------------------------------------------- PDD, Eq. 8-9
 
-def pdd_loss(z_S, z_T, labels, kl="forward"):
+def pdd_loss(z_S, z_T, labels, kl="forward", everywhere=False):
     """Eq. 9: L_PDD = mean over labelled pixels of 1/2 sum_{t, nt} q_i (log q_i - log p_i).
 
     This is the forward direction. In "reverse", the paper's direction, p and q swap places.
+    At a pixel where the teacher is wrong, with p_t^T at most 1/2, the summand is -1/2 log p_t: half
+    of what cross-entropy has there. With `everywhere` it is Eq. 9 at these pixels, too.
 
     z_S, z_T: (B,K,h,w), resized to labels (B,H,W). i runs over t and nt. p is the student's pair
     (p_t, p_nt) and q_t = (p_t^T + 1)/2 = 1 - p_nt^T/2, q_nt = p_nt^T/2. The temperature is 1. The
@@ -163,8 +165,14 @@ def pdd_loss(z_S, z_T, labels, kl="forward"):
     log_q_t = torch.log1p(-torch.sigmoid(-m_T) / 2)
     log_q_nt = F.logsigmoid(-m_T) - math.log(2)
     pair_S, pair_q = torch.stack([log_p_t, log_p_nt]), torch.stack([log_q_t, log_q_nt])  # 2,B,H,W
+    pixels = 0.5 * divergence(pair_S, pair_q, dim=0, kl=kl)
+    # differs: the paper listens to the teacher everywhere. Where the teacher is wrong, q_t falls
+    # towards 1/2, and the student loses the classes that the teacher does not find. Here the label
+    # alone counts at such a pixel, as in conditional teacher-student learning, 1904.12399
+    if not everywhere:
+        pixels = pixels.where(m_T > 0, -0.5 * log_p_t)
     # unstated: what becomes of ignored pixels. Here the mean runs over the labelled ones
-    return masked_mean(0.5 * divergence(pair_S, pair_q, dim=0, kl=kl), labels != IGNORE)
+    return masked_mean(pixels, labels != IGNORE)
 
 
 def margin(z, labels):
@@ -456,7 +464,8 @@ def fitnet_loss(V_S, V_T):
 # ---------------------------------------------------------------- the methods
 # A method is a function and its row in METHODS. If it has no parameters to train, a new one needs
 # nothing else. The function reads (S, T, labels), the two networks' Outputs and the labels (B,H,W),
-# and returns named unweighted terms. If it has a parameter `kl`, it gets the value of --kl.
+# and returns named unweighted terms. If it has a parameter `kl`, it gets the value of --kl. If it
+# has a parameter `everywhere`, it learns whether the teacher counts where it is wrong, see --teach.
 
 def on_one_grid(labels, *maps):
     """The maps, then the labels, at crop/8, rounded up. A teacher of stride 8 has this grid."""
@@ -513,8 +522,8 @@ def fitnet(S, T, labels):
 
 
 # a control: does VLFD help, or would any hint?
-def pdd_fitnet(S, T, labels, kl="forward"):
-    return {"pdd": pdd_loss(S.logits, T.logits, labels, kl),
+def pdd_fitnet(S, T, labels, kl="forward", everywhere=False):
+    return {"pdd": pdd_loss(S.logits, T.logits, labels, kl, everywhere),
             "fitnet": fitnet_loss(*visual_maps(S, T))}
 
 
@@ -534,7 +543,7 @@ NEEDS_ALL = {"teacher", "A_v", "A_l"}
 class Method:
     """One row of METHODS.
 
-    function: (S, T, labels) or (S, T, labels, kl) -> name -> unweighted term.
+    function: (S, T, labels), and perhaps kl and everywhere -> name -> unweighted term.
     weights: of those terms.
     needs: what the function reads besides the student's own outputs. "teacher" fills T, "A_v" fills
     S.projected, "A_l" fills both embeddings and needs the pool P.
@@ -548,15 +557,14 @@ class Method:
         if unknown:
             raise ValueError(f"needs {sorted(unknown)}: a method can need {sorted(NEEDS_ALL)}")
 
-    @property
-    def has_direction(self):
-        """Whether the function has a parameter `kl`."""
-        return "kl" in inspect.signature(self.function).parameters
+    def takes(self, option):
+        """Whether the function has this parameter, "kl" or "everywhere"."""
+        return option in inspect.signature(self.function).parameters
 
-    def terms(self, S, T, labels, kl="forward"):
-        """The method's unweighted terms, name -> scalar."""
-        direction = {"kl": kl} if self.has_direction else {}
-        return self.function(S, T, labels, **direction)
+    def terms(self, S, T, labels, **options):
+        """The method's unweighted terms, name -> scalar. Options it does not take are ignored."""
+        taken = {name: value for name, value in options.items() if self.takes(name)}
+        return self.function(S, T, labels, **taken)
 
 
 NEEDS_MAPS = {"teacher", "A_v"}

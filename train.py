@@ -83,7 +83,7 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
                 if pool:
                     T = T._replace(embedding=pool(T.feature))  # e^T = P(F^T)
             S = parallel(images)  # z^S, F^S, A_v(F^S), e^S
-            terms = method.terms(S, T, labels, stage.kl)
+            terms = method.terms(S, T, labels, kl=stage.kl, everywhere=stage.teach != "right")
             loss = total_loss(terms, stage.weights)  # Eq. 10
             # differs: in the paper and the release the student learns from the teacher to the end,
             # here only until it beats the teacher on val
@@ -201,7 +201,7 @@ class Stage:
     weights: dict  # of the terms
     method: str | None = None
     kl: str | None = None
-    teach: str | None = None  # until when the teacher's terms count: outgrown or end
+    teach: str | None = None  # where and until when the teacher counts: right, outgrown or end
     val_every: int | None = None  # steps between validations, where they can end the teaching
     unlabelled: str | int = 0  # digest of the pictures without labels that the method uses
     teacher: dict | None = None  # the teacher's Stage, or name and digest of a given one
@@ -652,7 +652,7 @@ def train(args, machine):
         run = plan.student_run(method, teacher_run if "teacher" in needs else None,
                            pool_identity if "A_l" in needs else None)
         to_beat = None
-        if run.stage.teach == "outgrown":
+        if run.stage.teach in ("right", "outgrown"):
             to_beat = from_process_0(score_to_beat(plan, teacher, teacher_run, entries))
         with locked_unless_finished(run):
             student = distil(run, args.student_weights, teacher if "teacher" in needs else None,
@@ -712,19 +712,24 @@ class Plan:
             **self.common)
         return self.run(stage, teacher.folder / "pool")
 
+    def teach(self, method):
+        """The value of --teach, or the method's default. None where it needs no teacher."""
+        if "teacher" not in METHODS[method].needs:
+            return None
+        return self.args.teach or ("right" if METHODS[method].takes("everywhere") else "outgrown")
+
     def student_run(self, method, teacher=None, pool=None):
         """teacher: a Run or a GivenTeacher. pool: identity of the pool. None where not needed."""
         args, needs = self.args, METHODS[method].needs
         asked = method == args.method
-        outgrows = "teacher" in needs and args.teach == "outgrown"
+        teach = self.teach(method)
         stage = Stage(
             stage="student", network=args.student,
             initial=identity_of_weights(args.student_weights), steps=args.steps, rate=args.lr,
             seed=args.seed, method=method,
             weights=args.term_weights if asked else dict(METHODS[method].weights),
-            kl=args.kl if METHODS[method].has_direction else None,
-            teach=args.teach if "teacher" in needs else None,
-            val_every=self.val_every if outgrows else None,
+            kl=args.kl if METHODS[method].takes("kl") else None, teach=teach,
+            val_every=self.val_every if teach in ("right", "outgrown") else None,
             unlabelled=self.unlabelled if "A_v" in needs else 0,
             teacher=teacher and teacher.identity, pool=pool, **self.common)
         name = f"{method}-{args.student}-seed{args.seed}"
@@ -1144,9 +1149,10 @@ def parser():
     g.add_argument("--seed", **seed, help="of stage 3 (default 0)")
     g.add_argument("--kl", default="forward", choices=("forward", "reverse"),
                    help="direction in Eq. 3, 4 and 9 (default forward)")
-    g.add_argument("--teach", default="outgrown", choices=("outgrown", "end"),
-                   help="until when the teacher counts: until the student is better on val "
-                   "(default), or to the end as in the paper")
+    g.add_argument("--teach", choices=("right", "outgrown", "end"),
+                   help="when the teacher counts: until the student is better on val, in PDD only "
+                   "where the teacher is right (default of methods with PDD) | everywhere until "
+                   "then (default of the others) | everywhere to the end, as in the paper")
     g.add_argument("--weights", nargs="+", default=[], metavar="T=X",
                    help="of terms, e.g. gb=0.1 lc=0.5. Or the release's numbers: summed (in our "
                    "units) | released (in its units)")
@@ -1187,12 +1193,14 @@ def fill_from_recipe(args):
 def refuse_useless(args):
     """Raise InputError for options that the rest of the command line would ignore."""
     method = METHODS.get(args.method)  # None: teacher
-    if args.kl == "reverse" and not (method and method.has_direction):
+    if args.kl == "reverse" and not (method and method.takes("kl")):
         raise InputError(f"--kl reverse: {args.method} has no direction to choose; it goes with "
                          "--method c2vkd")
-    if args.teach == "end" and not (method and "teacher" in method.needs):
-        raise InputError(f"--teach end: {args.method} has no teacher; it goes with --method "
-                         "c2vkd, for instance")
+    if args.teach and not (method and "teacher" in method.needs):
+        raise InputError(f"--teach {args.teach}: {args.method} has no teacher; it goes with "
+                         "--method c2vkd, for instance")
+    if args.teach == "right" and not method.takes("everywhere"):
+        raise InputError(f"--teach right: {args.method} has no PDD; use outgrown or end")
     if args.clip and method and "A_l" not in method.needs:
         raise InputError(f"--clip: {args.method} uses no attention pool; it goes with --method "
                          "c2vkd")

@@ -77,12 +77,15 @@ def fitnet(S, T, _):
     return torch.stack(every) / len(every)
 
 
-def pdd(S, T, labels, kl):
+def pdd(S, T, labels, kl, everywhere=False):
     out = []
     for b, i, j in pixels(labels):
         p, t = (folded(probabilities(z[b, :, i, j]), labels[b, i, j]) for z in (S, T))
         label = torch.tensor([1.0, 0.0])
-        out.append(0.5 * kl_summands(p, (t + label) / 2, kl))
+        if t[0] > 0.5 or everywhere:
+            out.append(0.5 * kl_summands(p, (t + label) / 2, kl))
+        else:
+            out.append(-0.5 * p[:1].log())
     return torch.cat(out) / len(out)
 
 
@@ -217,6 +220,10 @@ MASKED_FEATURES = {
 LOGITS = {
     "pdd forward": (partial(losses.pdd_loss, kl="forward"), partial(pdd, kl="forward")),
     "pdd reverse": (partial(losses.pdd_loss, kl="reverse"), partial(pdd, kl="reverse")),
+    "pdd forward everywhere": (partial(losses.pdd_loss, everywhere=True),
+                               partial(pdd, kl="forward", everywhere=True)),
+    "pdd reverse everywhere": (partial(losses.pdd_loss, kl="reverse", everywhere=True),
+                               partial(pdd, kl="reverse", everywhere=True)),
     "ce": (ce_of_logits, cross_entropy),
     "kd": (losses.kd_loss, kd),
     "kd T=2": (partial(losses.kd_loss, temperature=2.0), partial(kd, temperature=2)),
@@ -302,7 +309,7 @@ def test_pdd_gradient_in_the_target_logit(kl, size):
     """Forward 0.5 (s - q_t). Reverse 0.5 s (1 - s) (logit s - logit q_t): 0 at a wrong pixel."""
     S, T, labels = inputs("pdd forward", dtype=torch.float32)
     S, T = (S, T) if size == 1 else (size * S.sign(), size * T.sign())
-    _, gradient = value_and_gradient(losses.pdd_loss, S, T, labels, kl)
+    _, gradient = value_and_gradient(losses.pdd_loss, S, T, labels, kl, True)
     for b, i, j in pixels(labels):
         y = labels[b, i, j]
         (s, s_rest), (t, t_rest) = (folded(probabilities(z[b, :, i, j].double()), y)
@@ -341,7 +348,7 @@ def test_a_student_at_the_mixed_target_has_no_pdd_and_no_gradient(kl):
     target = labels.where(labels != IGNORE, 0)[:, None]
     # the target's logit by which the margin becomes that of q_t
     S = S.scatter_add(1, target, (q_t.logit() - losses.margin(S, labels))[:, None])
-    value, gradient = value_and_gradient(losses.pdd_loss, S, T, labels, kl)
+    value, gradient = value_and_gradient(losses.pdd_loss, S, T, labels, kl, True)
     assert abs(value) < 1e-12 and gradient.abs().max() < 1e-12
 
 
@@ -352,7 +359,22 @@ def test_forward_pdd_is_half_of_cross_entropy_with_the_mixed_target_less_its_ent
     q_t = (m_T[valid].sigmoid() + 1) / 2
     entropy = F.binary_cross_entropy(q_t, q_t)
     wanted = 0.5 * (F.binary_cross_entropy_with_logits(m_S[valid], q_t) - entropy)
-    assert close(losses.pdd_loss(S, T, labels), wanted, 1e-12)
+    assert close(losses.pdd_loss(S, T, labels, everywhere=True), wanted, 1e-12)
+
+
+def test_pdd_leaves_a_pixel_to_its_label_where_the_teacher_is_wrong():
+    labels = torch.zeros(1, 1, 2, dtype=torch.long)
+    z_S = torch.zeros(1, 2, 1, 2)
+    z_T = torch.tensor([[3.0, -3.0], [0.0, 0.0]])[None, :, None]  # right, then wrong
+    p_right, p_wrong = torch.tensor([3.0, -3.0]).sigmoid().tolist()
+
+    def targets(*options):
+        """q_t of both pixels, from the derivative 1/2 (p_t - q_t) of each of the two summands."""
+        _, gradient = value_and_gradient(losses.pdd_loss, z_S, z_T, labels, *options)
+        return (0.5 - 4 * gradient[0, 0, 0]).tolist()
+
+    assert targets() == pytest.approx([(1 + p_right) / 2, 1])
+    assert targets("forward", True) == pytest.approx([(1 + p_right) / 2, (1 + p_wrong) / 2])
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -611,7 +633,7 @@ def test_each_method_reads_the_maps_of_its_terms_and_nothing_else(method, kl):
     row = losses.METHODS[method]
     assert set(row.needs) == set(needs.split()) and set(row.weights) == set(names.split())
     S, T, labels, few = made_up_outputs(needs)
-    terms = row.terms(S, T, labels, kl)
+    terms = row.terms(S, T, labels, kl=kl)
     wanted = terms_by_definition(names.split(), S, T, labels, few, kl)
     assert set(terms) == set(wanted)
     for name, summands in wanted.items():
@@ -622,11 +644,13 @@ def test_every_method_is_tried():
     assert losses.METHODS.keys() == OF_METHOD.keys()
 
 
-def test_a_method_gets_the_direction_that_it_asks_for_and_needs_are_known_words():
+def test_a_method_gets_the_options_that_it_asks_for_and_needs_are_known_words():
     told = Method(lambda S, T, labels, kl: {"x": kl}, {"x": 1.0})
     deaf = Method(lambda S, T, labels: {"x": "nothing"}, {"x": 1.0})
-    assert [told.terms(None, None, None, kl)["x"] for kl in KL] == list(KL)
-    assert deaf.terms(None, None, None, "reverse")["x"] == "nothing"
+    both = dict(kl="reverse", everywhere=True)
+    assert told.terms(None, None, None, **both)["x"] == "reverse"
+    assert deaf.terms(None, None, None, **both)["x"] == "nothing"
+    assert told.takes("kl") and not told.takes("everywhere")
     for needs in ({"teacher", "A_w"}, "teacher A_v"):
         with pytest.raises(ValueError, match="a method can need"):
             Method(told.function, {"x": 1.0}, needs)

@@ -90,6 +90,7 @@ def test_shapes_has_strong_feature_losses(method, weights):
     ("--method ce --kl reverse", "--kl reverse: ce has no direction"),
     ("--method teacher --kl reverse", "--kl reverse: teacher has no direction"),
     ("--method ce --teach end", "--teach end: ce has no teacher"),
+    ("--method dist --teach right", "--teach right: dist has no PDD"),
     ("--method kd --clip RN101.pt", "--clip: kd uses no attention pool"),
     ("--weights gb", "c2vkd takes pdd=NUMBER gb=NUMBER"), ("--weights gb=much", "gb=NUMBER"),
     ("--weights gb=nan", "gb=NUMBER"), ("--weights xx=1", "--weights xx=1: c2vkd takes"),

@@ -120,7 +120,7 @@ def test_measured_rows_hold_norms_and_cosines_of_a_backward_pass(folder, taught,
 
 
 @pytest.mark.parametrize("score, teach, alone", [
-    (0, "outgrown", True), (100, "outgrown", False), (0, "end", False)])
+    (0, "right", True), (100, "right", False), (0, "outgrown", True), (0, "end", False)])
 def test_a_student_that_is_better_than_its_teacher_learns_from_the_labels_alone(
         folder, out, monkeypatch, capsys, score, teach, alone):
     scores = out / "folder" / TEACHER / "results-val.json"
@@ -145,6 +145,19 @@ def test_a_student_that_is_better_than_its_teacher_learns_from_the_labels_alone(
     assert bool(rows[-1]["grad_gb"]) != alone
     assert ("beats its teacher's 0.00; from here on" in capsys.readouterr().out) == alone
     assert last(run)["outgrown"] == alone and last(run)["stage"]["teach"] == teach
+
+
+def test_by_default_pdd_hears_the_teacher_only_where_it_is_right(folder, out):
+    few = "--method", "c2vkd", "--steps", 2, "--log-every", 1
+    first = {}
+    for teach in ("right", "outgrown", "end", None):
+        named = ("--name", f"{teach}-seed0", *(("--teach", teach) if teach else ()))
+        train_with(options(folder, out, *few, *named))
+        first[teach] = rows_of(out / f"folder/{teach}-seed0")[1]
+    for term in METHODS["c2vkd"].weights:
+        values = {teach: row[f"raw_{term}"] for teach, row in first.items()}
+        assert values["right"] == values[None] and values["outgrown"] == values["end"]
+        assert (values["right"] == values["end"]) == (term != "pdd")
 
 
 def test_a_teacher_of_another_size_is_scored_anew_before_a_student_may_leave_it(folder, out,
