@@ -33,11 +33,13 @@ def blocks():
 
 def draw_own_data(root):
     rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 2)):
+    for split, count in (("train", 4), ("val", 2), ("unlabelled", 3)):
         for kind, shape, high in (("images", (48, 64, 3), 256), ("labels", (48, 64), 2)):
+            if (kind, split) == ("labels", "unlabelled"):
+                continue
             (root / kind / split).mkdir(parents=True)
             for i in range(count):
-                path = root / kind / split / f"{i}.{'jpg' if kind == 'images' else 'png'}"
+                path = root / kind / split / f"{split}{i}.{'jpg' if kind == 'images' else 'png'}"
                 Image.fromarray(rng.integers(0, high, shape, dtype=np.uint8)).save(path)
     (root / "classes.txt").write_text("dark 0 0 0\nlight 255 255 255\n")
 
@@ -124,6 +126,8 @@ def test_every_command_and_every_python_block_run_in_order(as_a_user, capsys):
     split = Path("path/to/split")
     counts = [len(list(split.glob(f"labels/{name}/*.png"))) for name in data.SHAPES_COUNT]
     assert counts == [14, 3, 3]
+    for kind in "images", "labels":  # the teacher's masks became labels
+        assert len(list(Path(f"path/to/more/{kind}/train").iterdir())) == 4 + 3
     run(as_a_user, "python data.py --convert path/to/new --dataset folder --data path/to/split")
     assert len(list(Path("path/to/new/images/test").iterdir())) == 3
     assert len(list(Path("overlays").iterdir())) == len(list(Path("masks").iterdir())) == 1
