@@ -139,12 +139,12 @@ def patch_loss(V_S, V_T):
 
 # ---------------------------------------------------------------- PDD, Eq. 8-9
 
-def pdd_loss(z_S, z_T, labels, kl="forward", everywhere=False):
+def pdd_loss(z_S, z_T, labels, kl="forward", everywhere=True):
     """Eq. 9: L_PDD = mean over labelled pixels of 1/2 sum_{t, nt} q_i (log q_i - log p_i).
 
     This is the forward direction. In "reverse", the paper's direction, p and q swap places.
-    At a pixel where the teacher is wrong, with p_t^T at most 1/2, the summand is -1/2 log p_t: half
-    of what cross-entropy has there. With `everywhere` it is Eq. 9 at these pixels, too.
+    With everywhere=False a pixel where the teacher is wrong, with p_t^T at most 1/2, has the summand
+    -1/2 log p_t in both directions: half of cross-entropy's. This is the forward form with q_t = 1.
 
     z_S, z_T: (B,K,h,w), resized to labels (B,H,W). i runs over t and nt. p is the student's pair
     (p_t, p_nt) and q_t = (p_t^T + 1)/2 = 1 - p_nt^T/2, q_nt = p_nt^T/2. The temperature is 1. The
@@ -152,11 +152,11 @@ def pdd_loss(z_S, z_T, labels, kl="forward", everywhere=False):
     best, the release passes 0.5 each. Unequal ones would move the minimum away from p = q. In the
     forward direction it would be at p_t = alpha q_t / (alpha q_t + beta q_nt).
 
-    Forward, this is 1/2 (BCE-with-logits(m_S, q_t) - H(q)), and the entropy H(q) does not depend on
+    Forward, Eq. 9 is 1/2 (BCE-with-logits(m_S, q_t) - H(q)), and the entropy H(q) does not depend on
     the student. So it is cross-entropy whose target the teacher softens. The derivative of a
     pixel's summand with respect to z_y is 1/2 (p_t - q_t). Its size is at least 1/4 where p_t = 0,
-    so a class that the student does not predict yet keeps its gradient. The reverse form has
-    1/2 p_t p_nt (m_S - logit q_t), which vanishes there.
+    so a class that the student does not predict yet keeps its gradient. The reverse form of Eq. 9
+    has 1/2 p_t p_nt (m_S - logit q_t), which vanishes there.
     """
     m_S, m_T = margin(z_S, labels), margin(z_T, labels)  # B,H,W, Eq. 8
     log_p_t, log_p_nt = F.logsigmoid(m_S), F.logsigmoid(-m_S)
@@ -167,8 +167,9 @@ def pdd_loss(z_S, z_T, labels, kl="forward", everywhere=False):
     pair_S, pair_q = torch.stack([log_p_t, log_p_nt]), torch.stack([log_q_t, log_q_nt])  # 2,B,H,W
     pixels = 0.5 * divergence(pair_S, pair_q, dim=0, kl=kl)
     # differs: the paper listens to the teacher everywhere. Where the teacher is wrong, q_t falls
-    # towards 1/2, and the student loses the classes that the teacher does not find. Here the label
-    # alone counts at such a pixel, as in conditional teacher-student learning, 1904.12399
+    # towards 1/2, and the student loses the classes that the teacher does not find. Here c2vkd goes
+    # by the label alone at such a pixel, as in conditional teacher-student learning, 1904.12399.
+    # Right means p_t > p_nt: the label wins in the pair of Eq. 8
     if not everywhere:
         pixels = pixels.where(m_T > 0, -0.5 * log_p_t)
     # unstated: what becomes of ignored pixels. Here the mean runs over the labelled ones
@@ -465,7 +466,8 @@ def fitnet_loss(V_S, V_T):
 # A method is a function and its row in METHODS. If it has no parameters to train, a new one needs
 # nothing else. The function reads (S, T, labels), the two networks' Outputs and the labels (B,H,W),
 # and returns named unweighted terms. If it has a parameter `kl`, it gets the value of --kl. If it
-# has a parameter `everywhere`, it learns whether the teacher counts where it is wrong, see --teach.
+# has a parameter `everywhere`, it is told whether PDD hears the teacher where it is wrong, too, see
+# --teach.
 
 def on_one_grid(labels, *maps):
     """The maps, then the labels, at crop/8, rounded up. A teacher of stride 8 has this grid."""
@@ -561,8 +563,9 @@ class Method:
         """Whether the function has this parameter, "kl" or "everywhere"."""
         return option in inspect.signature(self.function).parameters
 
-    def terms(self, S, T, labels, **options):
-        """The method's unweighted terms, name -> scalar. Options it does not take are ignored."""
+    def terms(self, S, T, labels, kl="forward", everywhere=False):
+        """The method's unweighted terms, name -> scalar. It gets the options that it takes."""
+        options = {"kl": kl, "everywhere": everywhere}
         taken = {name: value for name, value in options.items() if self.takes(name)}
         return self.function(S, T, labels, **taken)
 

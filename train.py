@@ -1150,9 +1150,10 @@ def parser():
     g.add_argument("--kl", default="forward", choices=("forward", "reverse"),
                    help="direction in Eq. 3, 4 and 9 (default forward)")
     g.add_argument("--teach", choices=("right", "outgrown", "end"),
-                   help="when the teacher counts: until the student is better on val, in PDD only "
-                   "where the teacher is right (default of methods with PDD) | everywhere until "
-                   "then (default of the others) | everywhere to the end, as in the paper")
+                   help="right: the teacher counts until the student is better on val, and in PDD "
+                   "only where it gives the label's class more than 1/2 (default of methods with "
+                   "PDD) | outgrown: everywhere until then (default of the others) | end: "
+                   "everywhere to the end, as in the paper")
     g.add_argument("--weights", nargs="+", default=[], metavar="T=X",
                    help="of terms, e.g. gb=0.1 lc=0.5. Or the release's numbers: summed (in our "
                    "units) | released (in its units)")

@@ -272,6 +272,7 @@ def test_a_chain_of_kills_ends_as_the_whole_run(folder, tmp_path, whole):
     (f"--method ce --name {STUDENT}", "method (there c2vkd, here ce)"),
     (f"--seed 1 --name {STUDENT}", "seed (there 0, here 1)"),
     ("--kl reverse", "kl (there forward, here reverse)"),
+    ("--teach end", "teach (there right, here end)"),
     ("--weights gb=2", "weights.gb (there 1.0, here 2.0)"),
     (f"--student mit_b0 --name {STUDENT}", "network (there mit_nano, here mit_b0)"),
     ("--batch-size 4", "batch_size (there 2, here 4)"),

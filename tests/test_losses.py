@@ -77,7 +77,7 @@ def fitnet(S, T, _):
     return torch.stack(every) / len(every)
 
 
-def pdd(S, T, labels, kl, everywhere=False):
+def pdd(S, T, labels, kl, everywhere=True):
     out = []
     for b, i, j in pixels(labels):
         p, t = (folded(probabilities(z[b, :, i, j]), labels[b, i, j]) for z in (S, T))
@@ -220,10 +220,10 @@ MASKED_FEATURES = {
 LOGITS = {
     "pdd forward": (partial(losses.pdd_loss, kl="forward"), partial(pdd, kl="forward")),
     "pdd reverse": (partial(losses.pdd_loss, kl="reverse"), partial(pdd, kl="reverse")),
-    "pdd forward everywhere": (partial(losses.pdd_loss, everywhere=True),
-                               partial(pdd, kl="forward", everywhere=True)),
-    "pdd reverse everywhere": (partial(losses.pdd_loss, kl="reverse", everywhere=True),
-                               partial(pdd, kl="reverse", everywhere=True)),
+    "pdd forward where right": (partial(losses.pdd_loss, everywhere=False),
+                                partial(pdd, kl="forward", everywhere=False)),
+    "pdd reverse where right": (partial(losses.pdd_loss, kl="reverse", everywhere=False),
+                                partial(pdd, kl="reverse", everywhere=False)),
     "ce": (ce_of_logits, cross_entropy),
     "kd": (losses.kd_loss, kd),
     "kd T=2": (partial(losses.kd_loss, temperature=2.0), partial(kd, temperature=2)),
@@ -309,7 +309,7 @@ def test_pdd_gradient_in_the_target_logit(kl, size):
     """Forward 0.5 (s - q_t). Reverse 0.5 s (1 - s) (logit s - logit q_t): 0 at a wrong pixel."""
     S, T, labels = inputs("pdd forward", dtype=torch.float32)
     S, T = (S, T) if size == 1 else (size * S.sign(), size * T.sign())
-    _, gradient = value_and_gradient(losses.pdd_loss, S, T, labels, kl, True)
+    _, gradient = value_and_gradient(losses.pdd_loss, S, T, labels, kl)
     for b, i, j in pixels(labels):
         y = labels[b, i, j]
         (s, s_rest), (t, t_rest) = (folded(probabilities(z[b, :, i, j].double()), y)
@@ -348,7 +348,7 @@ def test_a_student_at_the_mixed_target_has_no_pdd_and_no_gradient(kl):
     target = labels.where(labels != IGNORE, 0)[:, None]
     # the target's logit by which the margin becomes that of q_t
     S = S.scatter_add(1, target, (q_t.logit() - losses.margin(S, labels))[:, None])
-    value, gradient = value_and_gradient(losses.pdd_loss, S, T, labels, kl, True)
+    value, gradient = value_and_gradient(losses.pdd_loss, S, T, labels, kl)
     assert abs(value) < 1e-12 and gradient.abs().max() < 1e-12
 
 
@@ -359,22 +359,24 @@ def test_forward_pdd_is_half_of_cross_entropy_with_the_mixed_target_less_its_ent
     q_t = (m_T[valid].sigmoid() + 1) / 2
     entropy = F.binary_cross_entropy(q_t, q_t)
     wanted = 0.5 * (F.binary_cross_entropy_with_logits(m_S[valid], q_t) - entropy)
-    assert close(losses.pdd_loss(S, T, labels, everywhere=True), wanted, 1e-12)
+    assert close(losses.pdd_loss(S, T, labels), wanted, 1e-12)
 
 
 def test_pdd_leaves_a_pixel_to_its_label_where_the_teacher_is_wrong():
-    labels = torch.zeros(1, 1, 2, dtype=torch.long)
-    z_S = torch.zeros(1, 2, 1, 2)
-    z_T = torch.tensor([[3.0, -3.0], [0.0, 0.0]])[None, :, None]  # right, then wrong
-    p_right, p_wrong = torch.tensor([3.0, -3.0]).sigmoid().tolist()
+    labels = torch.zeros(1, 1, 3, dtype=torch.long)
+    z_S = torch.zeros(1, 2, 1, 3)
+    m_T = torch.tensor([3.0, -3.0, 0.0])  # right, wrong, and just not right
+    z_T = torch.stack([m_T, torch.zeros(3)])[None, :, None]
+    mixed = ((1 + m_T.sigmoid()) / 2).tolist()
 
-    def targets(*options):
-        """q_t of both pixels, from the derivative 1/2 (p_t - q_t) of each of the two summands."""
-        _, gradient = value_and_gradient(losses.pdd_loss, z_S, z_T, labels, *options)
-        return (0.5 - 4 * gradient[0, 0, 0]).tolist()
+    def targets(everywhere):
+        """q_t of each pixel, from the derivative 1/2 (p_t - q_t) of each of the three summands."""
+        loss = partial(losses.pdd_loss, everywhere=everywhere)
+        _, gradient = value_and_gradient(loss, z_S, z_T, labels)
+        return (0.5 - 6 * gradient[0, 0, 0]).tolist()
 
-    assert targets() == pytest.approx([(1 + p_right) / 2, 1])
-    assert targets("forward", True) == pytest.approx([(1 + p_right) / 2, (1 + p_wrong) / 2])
+    assert targets(everywhere=False) == pytest.approx([mixed[0], 1, 1])
+    assert targets(everywhere=True) == pytest.approx(mixed)
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -610,7 +612,8 @@ def terms_by_definition(names, S, T, labels, few, kl="forward"):
         if name == "ce":
             wanted[name] = cross_entropy(resize(S.logits, (32, 32)), None, labels)
         elif name == "pdd":
-            wanted[name] = pdd(resize(S.logits, (32, 32)), resize(T.logits, (32, 32)), labels, kl)
+            wanted[name] = pdd(resize(S.logits, (32, 32)), resize(T.logits, (32, 32)), labels, kl,
+                               everywhere=False)
         elif name == "lc":
             e_S, e_T = (x.embedding[:, :, None, None] for x in (S, T))
             wanted[name] = linguistic(e_S, e_T, None, kl)

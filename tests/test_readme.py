@@ -75,8 +75,10 @@ def run(monkeypatch, line, *more):
     _, script, *words = shlex.split(line)
     if script == "train.py":
         more += tuple(CUT)
-    if script == "train.py" and "folder" in words:  # the recipe downloads ImageNet weights
-        more += ("--teacher-weights", "none", "--crop", "64", "--base", "64")
+    if script == "train.py" and "folder" in words:
+        more += ("--recipe", "small", "--crop", "64", "--base", "64")
+        if "--teacher-weights" not in words:  # the recipe downloads ImageNet weights
+            more += ("--teacher-weights", "none")
     monkeypatch.setattr(sys, "argv", [script, *words, *more])
     SCRIPTS[script]()
 
@@ -128,6 +130,7 @@ def test_every_command_and_every_python_block_run_in_order(as_a_user, capsys):
     assert counts == [14, 3, 3]
     for kind in "images", "labels":  # the teacher's masks became labels
         assert len(list(Path(f"path/to/more/{kind}/train").iterdir())) == 4 + 3
+    assert not Path("runs-more/folder/teacher-deeplabv3_mobilenet_v2").exists()  # it was given
     run(as_a_user, "python data.py --convert path/to/new --dataset folder --data path/to/split")
     assert len(list(Path("path/to/new/images/test").iterdir())) == 3
     assert len(list(Path("overlays").iterdir())) == len(list(Path("masks").iterdir())) == 1

@@ -147,6 +147,14 @@ def test_a_student_that_is_better_than_its_teacher_learns_from_the_labels_alone(
     assert last(run)["outgrown"] == alone and last(run)["stage"]["teach"] == teach
 
 
+def test_the_methods_with_pdd_hear_the_teacher_where_it_is_right_by_default():
+    plan = SimpleNamespace(args=SimpleNamespace(teach=None))
+    by_default = {method: train.Plan.teach(plan, method) for method in METHODS}
+    assert by_default.pop("ce") is None
+    assert by_default.pop("c2vkd") == by_default.pop("pdd_fitnet") == "right"
+    assert set(by_default.values()) == {"outgrown"}
+
+
 def test_by_default_pdd_hears_the_teacher_only_where_it_is_right(folder, out):
     few = "--method", "c2vkd", "--steps", 2, "--log-every", 1
     first = {}
