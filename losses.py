@@ -573,8 +573,8 @@ class Method:
 NEEDS_MAPS = {"teacher", "A_v"}
 KD_WEIGHTS = {"ce": 1.0, "kd": 1.0}
 # differs: we do not know the paper's weights. The release has 0.1, 0.1, 0.5 in its own units. Here
-# they are 1, 2, 0.2 in this file's units, which lowered mIoU by at most two points so far. The data
-# set shapes has others, VLFD_OF_SHAPES in train.py
+# they are 1, 2, 0.2 in this file's units. Under a teacher from ImageNet weights they gained nothing
+# and lost up to two points on val. The data set shapes has others, VLFD_OF_SHAPES in train.py
 VLFD_WEIGHTS = {"gb": 1.0, "pc": 2.0, "lc": 0.2}
 METHODS = {  # at the end of each row: where its weights come from
     "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD_WEIGHTS, NEEDS_ALL),  # ours
