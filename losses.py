@@ -143,8 +143,9 @@ def pdd_loss(z_S, z_T, labels, kl="forward", everywhere=True):
     """Eq. 9: L_PDD = mean over labelled pixels of 1/2 sum_{t, nt} q_i (log q_i - log p_i).
 
     This is the forward direction. In "reverse", the paper's direction, p and q swap places.
-    With everywhere=False a pixel where the teacher is wrong, with p_t^T at most 1/2, has the summand
-    -1/2 log p_t in both directions: half of cross-entropy's. This is the forward form with q_t = 1.
+    With everywhere=False the summand is -1/2 log p_t, in both directions, at a pixel where the
+    teacher is wrong, with p_t^T at most 1/2. This is half of cross-entropy's, and the forward form
+    with q_t = 1.
 
     z_S, z_T: (B,K,h,w), resized to labels (B,H,W). i runs over t and nt. p is the student's pair
     (p_t, p_nt) and q_t = (p_t^T + 1)/2 = 1 - p_nt^T/2, q_nt = p_nt^T/2. The temperature is 1. The
@@ -152,8 +153,8 @@ def pdd_loss(z_S, z_T, labels, kl="forward", everywhere=True):
     best, the release passes 0.5 each. Unequal ones would move the minimum away from p = q. In the
     forward direction it would be at p_t = alpha q_t / (alpha q_t + beta q_nt).
 
-    Forward, Eq. 9 is 1/2 (BCE-with-logits(m_S, q_t) - H(q)), and the entropy H(q) does not depend on
-    the student. So it is cross-entropy whose target the teacher softens. The derivative of a
+    Forward, Eq. 9 is 1/2 (BCE-with-logits(m_S, q_t) - H(q)), and the entropy H(q) does not depend
+    on the student. So it is cross-entropy whose target the teacher softens. The derivative of a
     pixel's summand with respect to z_y is 1/2 (p_t - q_t). Its size is at least 1/4 where p_t = 0,
     so a class that the student does not predict yet keeps its gradient. The reverse form of Eq. 9
     has 1/2 p_t p_nt (m_S - logit q_t), which vanishes there.
