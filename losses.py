@@ -51,6 +51,7 @@ class Outputs(NamedTuple):
     before_classifier: torch.Tensor  # B,C,h,w: what the last 1x1 convolution turns into logits
     projected: torch.Tensor | None = None  # A_v(F^S)
     embedding: torch.Tensor | None = None  # e
+    earlier: tuple = ()  # maps of the stages before F. The student's in the teacher's channels
 
 
 # ---------------------------------------------------------------- Eq. 10
@@ -83,8 +84,23 @@ def visual_maps(S, T):
     """V^S, V^T (B,C_T,h,w): A_v(F^S) and F^T on one grid."""
     # differs: the paper states no grid, the release uses 32x32. Here it is twice F^S's grid, but at
     # most F^T's. At crop 512 with a teacher of stride 8 or 16 that is 32x32 for published students
-    grid = [min(2 * s, t) for s, t in zip(S.feature.shape[2:], T.feature.shape[2:])]
-    return resize(S.projected, grid), resize(T.feature, grid)
+    return on_visual_grid(S.projected, T.feature)
+
+
+def on_visual_grid(map_S, map_T):
+    grid = [min(2 * s, t) for s, t in zip(map_S.shape[2:], map_T.shape[2:])]
+    return resize(map_S, grid), resize(map_T, grid)
+
+
+def visual_pairs(S, T):
+    """Ours: [(V^S, V^T), ...], a pair for each depth of the teacher, from the first to the last.
+
+    V^S comes from the student's map of that stage, by an A_v of its own. Each channel of V^T has
+    mean 0 and variance 1 over the batch and its places, so that all depths have one scale.
+    """
+    maps_S, maps_T = (*S.earlier, S.projected), (*T.earlier, T.feature)
+    standardised = [F.batch_norm(at_least_float32(x), None, None, training=True) for x in maps_T]
+    return [on_visual_grid(x_S, x_T) for x_S, x_T in zip(maps_S, standardised, strict=True)]
 
 
 def linguistic_loss(e_S, e_T, kl="forward"):
@@ -524,6 +540,22 @@ def fitnet(S, T, labels):
     return {"ce": cross_entropy(S.logits, labels), "fitnet": fitnet_loss(*visual_maps(S, T))}
 
 
+# ours: Eq. 4-7 at every depth, beside cross-entropy
+def c2vkd_multi(S, T, labels):
+    pairs = visual_pairs(S, T)
+    return {"ce": cross_entropy(S.logits, labels),
+            "gb": sum(global_visual_loss(*pair) for pair in pairs) / len(pairs),
+            "pc": sum(patch_loss(*pair) for pair in pairs) / len(pairs),
+            "lc": linguistic_loss(S.embedding, T.embedding)}
+
+
+# a control: a plain hint at every depth
+def fitnet_multi(S, T, labels):
+    pairs = visual_pairs(S, T)
+    hint = sum(fitnet_loss(*pair) for pair in pairs) / len(pairs)
+    return {"ce": cross_entropy(S.logits, labels), "fitnet": hint}
+
+
 # a control: does VLFD help, or would any hint?
 def pdd_fitnet(S, T, labels, kl="forward", everywhere=False):
     return {"pdd": pdd_loss(S.logits, T.logits, labels, kl, everywhere),
@@ -540,6 +572,7 @@ def vlfd(S, T, labels, kl="forward"):
 
 
 NEEDS_ALL = {"teacher", "A_v", "A_l"}
+NEEDS_DEPTHS = {"teacher", "A_v", "earlier"}
 
 
 @dataclass(frozen=True)
@@ -549,16 +582,17 @@ class Method:
     function: (S, T, labels), and perhaps kl and everywhere -> name -> unweighted term.
     weights: of those terms.
     needs: what the function reads besides the student's own outputs. "teacher" fills T, "A_v" fills
-    S.projected, "A_l" fills both embeddings and needs the pool P.
+    S.projected, "A_l" fills both embeddings and needs the pool P. "earlier" fills S.earlier.
     """
     function: Callable
     weights: dict
     needs: Collection = frozenset({"teacher"})
 
     def __post_init__(self):
-        unknown = set(self.needs) - NEEDS_ALL
+        known = NEEDS_ALL | NEEDS_DEPTHS
+        unknown = set(self.needs) - known
         if unknown:
-            raise ValueError(f"needs {sorted(unknown)}: a method can need {sorted(NEEDS_ALL)}")
+            raise ValueError(f"needs {sorted(unknown)}: a method can need {sorted(known)}")
 
     def takes(self, option):
         """Whether the function has this parameter, "kl" or "everywhere"."""
@@ -590,6 +624,9 @@ METHODS = {  # at the end of each row: where its weights come from
     "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}),  # ours, chosen on CamVid val
     "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, NEEDS_MAPS),  # CIRKD's script, no KD
     "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, NEEDS_MAPS),  # ours, a control
+    "c2vkd_multi": Method(c2vkd_multi, {"ce": 1.0, "gb": 20.0, "pc": 40.0, "lc": 0.2},
+                          NEEDS_ALL | NEEDS_DEPTHS),  # ours
+    "fitnet_multi": Method(fitnet_multi, {"ce": 1.0, "fitnet": 20.0}, NEEDS_DEPTHS),  # a control
     "vlfd": Method(vlfd, {"ce": 1.0} | VLFD_WEIGHTS, NEEDS_ALL),  # ours, a control
 }
 

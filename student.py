@@ -235,6 +235,7 @@ class Student(nn.Module):
     def __init__(self, variant, classes):
         super().__init__()
         v = VARIANTS[variant]
+        self.dims = v.dims
         self.channels = v.dims[-1]  # C_S
         self.encoder = Encoder(variant)
         self.decoder = Decoder(v.dims, v.width, classes)
@@ -243,7 +244,7 @@ class Student(nn.Module):
     def forward(self, x):
         maps = self.encoder(x)
         logits, fused = self.decoder(maps)
-        return Outputs(logits, maps[-1], fused)
+        return Outputs(logits, maps[-1], fused, earlier=tuple(maps[:-1]))
 
 
 class StudentWithHeads(nn.Module):
@@ -252,12 +253,14 @@ class StudentWithHeads(nn.Module):
     (B,3,H,W) -> the student's Outputs, with up to two more fields filled.
     projected: A_v(F^S) (B,C_T,h_4,w_4). A_v is a 1x1 convolution.
     embedding: e^S = A_l(F^S) (B,512). A_l is a mean over positions, then a 1x1 convolution.
+    earlier: the maps of the stages before F^S, each by an A_v of its own.
 
-    c_teacher: C_T, None for a student that has no teacher and no heads.
-    seed: draws the heads' weights. needs: which of A_v and A_l to build. Other names are ignored.
+    c_teacher: C_T, None for a student that has no teacher and no heads. earlier: channels of the
+    teacher's maps before F^T. They stand beside the student's last stages but one, in this order.
+    seed: draws the heads' weights. needs: which heads to build. Other names are ignored.
     """
 
-    def __init__(self, student, c_teacher=None, seed=0, needs=("A_v", "A_l")):
+    def __init__(self, student, c_teacher=None, seed=0, needs=("A_v", "A_l"), earlier=()):
         super().__init__()
         self.student, self.heads = student, nn.ModuleDict()
         if c_teacher is None:
@@ -271,6 +274,10 @@ class StudentWithHeads(nn.Module):
             A_l = nn.Conv2d(student.channels, 512, 1, bias=False)
             # both are drawn even if only one is needed: A_v then starts equal in all methods
             heads = nn.ModuleDict({"A_v": A_v, "A_l": A_l}).apply(initialise_layer)
+            dims = student.dims[-1 - len(earlier):-1]
+            heads["earlier"] = nn.ModuleList(nn.Conv2d(c_S, c_T, 1, bias=False)
+                                             for c_S, c_T in zip(dims, earlier))
+            heads["earlier"].apply(initialise_layer)
         self.heads.update({name: head for name, head in heads.items() if name in needs})
 
     def forward(self, x):
@@ -280,7 +287,9 @@ class StudentWithHeads(nn.Module):
         if "A_l" in self.heads:
             mean = S.feature.mean((2, 3), keepdim=True)  # B,C_S,1,1
             S = S._replace(embedding=self.heads["A_l"](mean).flatten(1))
-        return S
+        heads = self.heads["earlier"] if "earlier" in self.heads else ()
+        maps = S.earlier[len(S.earlier) - len(heads):]
+        return S._replace(earlier=tuple(head(x) for head, x in zip(heads, maps)))
 
 
 def initialise_layer(layer):

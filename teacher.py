@@ -33,9 +33,9 @@ class Kind:
     """One row of TEACHERS. Raises ValueError for channels that the attention pool cannot split.
 
     build: a function from the number of classes to a network with two parts. Its `backbone` turns
-    an image into {"out": F^T}. Its `classifier` is a Sequential from F^T to the logits, whose last
+    an image into {"out": F^T}, perhaps with maps of earlier depths before it. Its `classifier` is a Sequential from F^T to the logits, whose last
     layer classifies.
-    channels: C_T, a multiple of 64.
+    channels: C_T, a multiple of 64. earlier: channels of the maps of earlier depths, at most three.
     imagenet: torchvision's ImageNet weights of the backbone, None where there are none.
     ignore_prefixes: of the names of tensors in that file that the backbone lacks.
     """
@@ -43,6 +43,7 @@ class Kind:
     channels: int
     imagenet: object = None
     ignore_prefixes: tuple = ("fc.", "classifier.")
+    earlier: tuple = ()
 
     def __post_init__(self):
         if self.channels < HEAD_CHANNELS or self.channels % HEAD_CHANNELS:
@@ -51,11 +52,16 @@ class Kind:
                              f"of {HEAD_CHANNELS}")
 
 
-def torchvision_net(name):
-    """A builder of torchvision's segmentation network `name`, with random weights."""
+def torchvision_net(name, *earlier):
+    """A builder of torchvision's segmentation network `name`, with random weights.
+
+    earlier: names of the backbone's layers that give the maps of earlier depths.
+    """
     def build(classes):
-        return segmentation.__dict__[name](weights=None, weights_backbone=None,
-                                           num_classes=classes)
+        net = segmentation.__dict__[name](weights=None, weights_backbone=None,
+                                          num_classes=classes)
+        net.backbone.return_layers |= {layer: layer for layer in earlier}
+        return net
     return build
 
 
@@ -74,7 +80,7 @@ def _mobilenet_v2(classes):
             depthwise.stride = (1, 1)
         else:
             depthwise.dilation = depthwise.padding = (2, 2)
-    backbone = IntermediateLayerGetter(features, {"17": "out"})
+    backbone = IntermediateLayerGetter(features, {"3": "3", "6": "6", "13": "13", "17": "out"})
     return DeepLabV3(backbone, DeepLabHead(320, classes, (3, 6, 9)))
 
 
@@ -86,26 +92,28 @@ def _resnet10(classes):
     net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
     net.maxpool = nn.Identity()
     net.layer4[0].conv1.stride = net.layer4[0].downsample[0].stride = (1, 1)
-    backbone = IntermediateLayerGetter(net, {"layer4": "out"})
+    layers = {"layer1": "layer1", "layer2": "layer2", "layer3": "layer3", "layer4": "out"}
+    backbone = IntermediateLayerGetter(net, layers)
     # the usual rates 12, 24 and 36 reach beyond the 8x8 map of a 64x64 image
     return DeepLabV3(backbone, DeepLabHead(512, classes, (2, 4)))
 
 
 TEACHERS = {
     "deeplabv3_resnet101": Kind(
-        torchvision_net("deeplabv3_resnet101"), channels=2048,
-        imagenet=models.ResNet101_Weights.IMAGENET1K_V2),
+        torchvision_net("deeplabv3_resnet101", "layer1", "layer2", "layer3"), channels=2048,
+        imagenet=models.ResNet101_Weights.IMAGENET1K_V2, earlier=(256, 512, 1024)),
     "deeplabv3_resnet50": Kind(
-        torchvision_net("deeplabv3_resnet50"), channels=2048,
-        imagenet=models.ResNet50_Weights.IMAGENET1K_V2),
+        torchvision_net("deeplabv3_resnet50", "layer1", "layer2", "layer3"), channels=2048,
+        imagenet=models.ResNet50_Weights.IMAGENET1K_V2, earlier=(256, 512, 1024)),
     "deeplabv3_mobilenet_v3_large": Kind(
-        torchvision_net("deeplabv3_mobilenet_v3_large"), channels=960,
-        imagenet=models.MobileNet_V3_Large_Weights.IMAGENET1K_V2),
+        torchvision_net("deeplabv3_mobilenet_v3_large", "3", "6", "12"), channels=960,
+        imagenet=models.MobileNet_V3_Large_Weights.IMAGENET1K_V2, earlier=(24, 40, 112)),
     "deeplabv3_mobilenet_v2": Kind(
         _mobilenet_v2, channels=320,
         imagenet=models.MobileNet_V2_Weights.IMAGENET1K_V1,
-        ignore_prefixes=("18.", "classifier.")),  # 18 is the convolution after F^T
-    "deeplabv3_resnet10": Kind(_resnet10, channels=512),
+        ignore_prefixes=("18.", "classifier."),  # 18 is the convolution after F^T
+        earlier=(24, 32, 96)),
+    "deeplabv3_resnet10": Kind(_resnet10, channels=512, earlier=(64, 128, 256)),
 }
 
 
@@ -126,7 +134,7 @@ class Teacher(nn.Module):
         kind = TEACHERS[name]
         net = kind.build(classes)
         self.backbone, self.classifier = net.backbone, net.classifier
-        self.channels = kind.channels  # C_T
+        self.channels, self.earlier = kind.channels, kind.earlier  # C_T, and of earlier maps
         if "mobilenet" in name:
             # torchvision's momentum of 0.01 makes the running statistics lag for hundreds of steps
             for module in self.modules():
@@ -136,12 +144,14 @@ class Teacher(nn.Module):
     def forward(self, x):
         # differs: the paper takes the last encoder feature. The release takes this in one file and
         # the ASPP's map in another. Here it is the paper's, which is layer4 of a ResNet
-        feature = self.backbone(x)["out"]  # B,C_T,h,w
+        maps = self.backbone(x)
+        feature = maps.pop("out")  # B,C_T,h,w
         before_classifier = feature
         *head, classify = self.classifier
         for layer in head:
             before_classifier = layer(before_classifier)
-        return Outputs(classify(before_classifier), feature, before_classifier)
+        return Outputs(classify(before_classifier), feature, before_classifier,
+                       earlier=tuple(maps.values()))
 
     def freeze(self):
         """Fix it for distillation. eval() makes BatchNorm use its running statistics."""

@@ -59,7 +59,8 @@ def distil(run, weights, teacher=None, pool=None, to_beat=None):
     stage, method = run.stage, METHODS[run.stage.method]
     torch.manual_seed(stage.seed)
     student = Student(stage.network, len(stage.classes))
-    trained = StudentWithHeads(student, teacher and teacher.channels, stage.seed, method.needs)
+    trained = StudentWithHeads(student, teacher and teacher.channels, stage.seed, method.needs,
+                               teacher.earlier if teacher else ())
     trained = run.to_device(trained)
     # weight decay for all parameters, also biases and norms
     optimizer = torch.optim.AdamW(trained.parameters(), stage.rate, weight_decay=0.01,
