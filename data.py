@@ -1,12 +1,10 @@
 """Data sets and their classes, the stream of training crops, and what every script shares.
 
-    python data.py --check --dataset folder --data DIR          # read everything, list every fault
-    python data.py --convert OUT --dataset folder --data DIR    # other labels to class indices
+    python data.py --dataset folder --data DIR    # read everything, name every fault
 
 Every label leaves this file as uint8 class indices with 255 = ignore, every image as uint8 RGB.
-The data sets and what networks see of them come first, then the reading of files, the labels and
-the two commands above. The last third is no longer about data: downloads, errors, options, files
-and weights, as all scripts use them.
+The data sets and what networks see of them come first, then layouts, reading and the check. The
+last third is no longer about data: errors, options, files and weights, as all scripts use them.
 """
 import argparse
 import colorsys
@@ -14,26 +12,28 @@ import errno
 import hashlib
 import http.client
 import io
-import json
 import math
+import multiprocessing
 import os
 import re
-import secrets
-import shutil
 import signal
 import sys
+import tempfile
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torchvision.datasets import Cityscapes
+from torchvision.datasets.utils import (check_integrity, download_and_extract_archive,
+                                        extract_archive)
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
@@ -54,12 +54,14 @@ class DataSet:
     palette: one RGB triple per class, 0..255.
     pairs: split -> [(image path, label path)], with None as the label of an image without one.
     class_of_value: 256 entries, value on disk -> class index. 255 = ignore, -1 = must not occur.
+    class_of_colour: RGB triple -> class index or 255. Empty where labels hold indices alone.
     """
     name: str
     classes: list
     palette: list
     pairs: dict
     class_of_value: np.ndarray = field(repr=False)
+    class_of_colour: dict = field(repr=False)
     root: Path = Path(".")
 
     def read(self, split, index):
@@ -80,26 +82,68 @@ class DataSet:
         return image, label
 
     def read_label(self, path):
-        """Class indices (H,W) uint8. Raises InputError for a file that holds something else."""
-        remedy = "get it again"
-        if self.name == "folder":
-            remedy = "convert it to class indices with python data.py --convert"
+        """Class indices (H,W) uint8. Raises InputError for a file that holds something else.
+
+        Values and indices are class numbers. In RGB, and in a palette that gives a class's colour
+        to another index, the colours decide.
+        """
         raw = open_label(path)
+        if self.class_of_colour:
+            if raw.mode in ("RGB", "RGBA") or raw.mode == "P" and self._is_renumbered(raw):
+                return self._classes_of_colours(path, raw)
         if raw.mode not in ("L", "P", "1"):
-            raise InputError(f"{path}: mode {raw.mode}, but a label has one index byte per "
-                             f"pixel; {remedy}")
-        misplaced = misplaced_class(self, raw)
-        if misplaced:
-            index, k = misplaced
-            raise InputError(f"{path}: its palette gives index {index} to class {k}, "
-                             f"{self.classes[k]}; {remedy}")
+            raise InputError(f"{path}: mode {raw.mode}, which names no classes; "
+                             "export the label again, as PNG with 8 bits")
         values = np.array(raw, dtype=np.uint8)
         label = self.class_of_value[values]
         if (label < 0).any():
             wrong = Counter(values[label < 0].tolist())
             listed = [f"{value} ({count} pixels)" for value, count in sorted(wrong.items())]
+            remedy = "get it again"
+            if self.class_of_colour:
+                remedy = "for numbers from 1, DETAILS.md has three lines of Python"
             raise InputError(f"{path}: label values outside the {len(self.classes)} classes: "
                              f"{first_three(listed)}; {remedy}")
+        return label.astype(np.uint8)
+
+    def _is_renumbered(self, raw):
+        """Whether a palette gives the colour of a class to another index than the class's.
+
+        Some programs renumber palettes. In a palette of greys alone, (2, 2, 2) is class 2.
+        """
+        flat = raw.getpalette("RGB")
+        colours = list(zip(flat[::3], flat[1::3], flat[2::3]))
+        used = [index for _, index in raw.getcolors() if index < len(colours)]
+        class_of = self.class_of_colour
+        if all(len(set(colours[index])) == 1 for index in used if index != IGNORE):
+            class_of = {(k, k, k): k for k in range(len(self.classes))} | class_of
+        for index in used:
+            k = class_of.get(colours[index], index)
+            # Palettes are padded: where index k has the colour, too, another does not mean class k.
+            padding = k != IGNORE and colours[k:k + 1] == [colours[index]]
+            if k != index and not padding:
+                return True
+        return False
+
+    def _classes_of_colours(self, path, raw):
+        if raw.mode == "RGBA" and raw.getchannel("A").getextrema()[0] < 255:
+            raise InputError(f"{path}: has transparent pixels, which are of no class; "
+                             "export it without transparency")
+        red, green, blue = (np.array(band, np.int32) for band in raw.convert("RGB").split())
+        codes = 65536 * red + 256 * green + blue  # H,W
+        label = np.full(codes.shape, -1, np.int16)
+        for (r, g, b), k in self.class_of_colour.items():
+            label[codes == 65536 * r + 256 * g + b] = k
+        if raw.mode == "P":  # 255 is ignored where its colour means nothing else
+            label[(label < 0) & (np.array(raw) == IGNORE)] = IGNORE
+        unknown = Counter(codes[label < 0].tolist())
+        if unknown:
+            (code, count), *others = unknown.most_common()
+            colour = code >> 16, code >> 8 & 255, code & 255
+            more = f", as are {len(others)} others" if others else ""
+            raise InputError(f"{path}: the colour {colour}, {count / codes.size:.1%} of the "
+                             f"pixels, is of no class{more}; give it a line in classes.txt "
+                             "(labelmap.txt), as ignore R G B (ignore:R,G,B::) to leave it out")
         return label.astype(np.uint8)
 
 
@@ -109,7 +153,7 @@ def open_dataset(name, root=None, missing_ok=False):
     name: one of DATASETS. Raises InputError where files are missing. With missing_ok, a single
     missing file is left for `read` to name.
     """
-    root = data_folder(name, root)
+    root = Path(root or Path("data") / name)
     if name == "shapes" and not root.is_dir():
         make_shapes(root)
     if name == "folder" and not root.is_dir():
@@ -122,22 +166,12 @@ def open_dataset(name, root=None, missing_ok=False):
         if not data.pairs[split]:
             raise InputError(f"{root}: no image of the {split} split found; "
                              f"README shows the layout of {name}")
-    if not missing_ok:
-        _refuse_missing(data)
-    return data
-
-
-def _refuse_missing(data):
     paths = [path for pairs in data.pairs.values() for pair in pairs for path in pair if path]
     missing = [path for path in paths if not path.is_file()]
-    if missing:
+    if missing and not missing_ok:
         more = f" ({len(missing) - 1} more are missing)" if missing[1:] else ""
         raise InputError(f"{missing[0]}: no such file; restore it or remove its partner{more}")
-
-
-def data_folder(name, root=None):
-    """--data, by default data/NAME."""
-    return Path(root or Path("data") / name)
+    return data
 
 
 # ---------------------------------------------------------------- what networks see
@@ -238,18 +272,9 @@ def resize_short_side(image, base):
     return image.resize(size, Image.Resampling.BILINEAR)
 
 
-def evenly_spaced(total, count):
-    """`count` of the indices below `total`, or all if there are fewer.
-
-    They are evenly spaced, because neighbours often show the same scene.
-    """
-    count = min(count or total, total)
-    return [i * total // count for i in range(count)]
-
-
 # ---------------------------------------------------------------- the layouts on disk
-# Each function below takes the root and returns the classes, palette, pairs and class_of_value of
-# a DataSet.
+# Each function below takes the root and returns the classes, palette, pairs, class_of_value and
+# class_of_colour of a DataSet.
 
 # labelIds value, name, colour; the row is the trainId
 CITYSCAPES = tuple((c.id, c.name, c.color) for c in Cityscapes.classes if not c.ignore_in_eval)
@@ -258,7 +283,7 @@ VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow dini
 
 
 def _ade20k(root):
-    folder = root / DOWNLOADS["ade20k"].folder
+    folder = root / "ADEChallengeData2016"
     if not folder.is_dir():
         download("ade20k", root)
     info = folder / "objectInfo150.txt"
@@ -269,7 +294,7 @@ def _ade20k(root):
     pairs = {short: _pair_up(folder / "images" / split, folder / "annotations" / split)
              for short, split in (("train", "training"), ("val", "validation"))}
     # 0 is "other objects", which are not evaluated
-    return names, voc_palette(151)[1:], pairs, value_table(range(1, 151), ignored=[0])
+    return names, voc_palette(151)[1:], pairs, value_table(range(1, 151), ignored=[0]), {}
 
 
 def _cityscapes(root):
@@ -283,8 +308,12 @@ def _cityscapes(root):
         images = sorted((root / "leftImg8bit" / split).glob("*/[!.]*_leftImg8bit.png"))
         pairs[split] = [(p, root / "gtFine" / split / p.parent.name
                          / p.name.replace("_leftImg8bit", "_gtFine_labelIds")) for p in images]
+        labels = root / "gtFine" / split
+        expected = {label for _, label in pairs[split]}
+        found = sorted(labels.glob("*/[!.]*_gtFine_labelIds.png"))
+        _note_alone(labels, [path.name for path in found if path not in expected])
     values, names, palette = zip(*CITYSCAPES)
-    return list(names), list(palette), pairs, value_table(values, ignored=range(34))
+    return list(names), list(palette), pairs, value_table(values, ignored=range(34)), {}
 
 
 def _voc(root):
@@ -297,7 +326,7 @@ def _voc(root):
         train, labels = lists / "trainaug.txt", "SegmentationClassAug"
     pairs = {"train": _voc_pairs(folder, train, labels),
              "val": _voc_pairs(folder, lists / "val.txt", "SegmentationClass")}
-    return VOC, voc_palette(21), pairs, value_table(range(21))
+    return VOC, voc_palette(21), pairs, value_table(range(21)), {}
 
 
 def _voc_pairs(folder, source, labels):
@@ -308,11 +337,13 @@ def _voc_pairs(folder, source, labels):
 
 
 def _folder(root):
-    classes, palette = _read_classes(root)
+    classes, palette, ignored = _read_classes(root)
     pairs = {split: _pair_up(root / "images" / split, root / "labels" / split)
              for split in ("train", "val", "test")}
     pairs["unlabelled"] = [(path, None) for path in pictures(root / "images" / "unlabelled")]
-    return classes, palette, pairs, value_table(range(len(classes)))
+    class_of_colour = {colour: k for k, colour in enumerate(palette)}
+    class_of_colour |= dict.fromkeys(ignored, IGNORE)
+    return classes, palette, pairs, value_table(range(len(classes))), class_of_colour
 
 
 def value_table(values, ignored=(IGNORE,)):
@@ -333,7 +364,10 @@ def voc_palette(n):
 # ---------------------------------------------------------------- classes.txt
 
 def _read_classes(root):
-    """Names and colours of classes.txt or, where there is none, of CVAT's labelmap.txt."""
+    """Names, colours and ignored colours of classes.txt or, where it is missing, labelmap.txt.
+
+    The latter is CVAT's. The name "ignore" is that of colours without a class.
+    """
     path, labelmap = root / "classes.txt", root / "labelmap.txt"
     form, pattern = "name R G B", r"(.+?)\s+(\d+)\s+(\d+)\s+(\d+)"
     if path.is_file() and labelmap.is_file():
@@ -348,32 +382,128 @@ def _read_classes(root):
     except UnicodeDecodeError:
         raise InputError(f"{path}: not in UTF-8; save it as UTF-8") from None
 
-    classes, palette = [], []
+    classes, palette, ignored = [], [], []
     for number, line in enumerate(map(str.strip, lines), 1):
         found = re.fullmatch(pattern, line)
-        if not line or line.startswith("# ") and not found:  # CVAT's first line is a comment
+        if not line or line.startswith("#") and not found:  # CVAT's first line is a comment
             continue
         where = f"{path}, line {number}"
+        if line.startswith("#"):
+            raise InputError(f"{where}: {line!r} is a class behind a comment sign; remove the "
+                             "line, or name its colour ignore: class numbers count the lines")
         colour = tuple(map(int, found.groups()[1:])) if found else ()
         if not colour or max(colour) > 255:
             raise InputError(f"{where}: {line!r} is not '{form}' with three numbers 0..255")
         if re.search(r"\s\d+$", found[1]):  # of four numbers one would join the name
             raise InputError(f"{where}: {line!r} has a number before its colour; leave three "
                              "numbers per line, and write a name like lane 2 as lane-2")
-        if colour in palette:  # colour labels and pictures could not tell the two apart
-            raise InputError(f"{where}: {found[1]} has the colour of "
-                             f"{classes[palette.index(colour)]}; give each class its own")
+        if colour in palette + ignored:  # colour labels and pictures could not tell the two apart
+            other = "ignore" if colour in ignored else classes[palette.index(colour)]
+            raise InputError(f"{where}: {found[1]} has the colour of {other}; "
+                             "give each class its own")
+        if found[1] == "ignore":
+            ignored.append(colour)
+            continue
         classes.append(" ".join(found[1].split()))
         palette.append(colour)
     if not 2 <= len(set(classes)) == len(classes) <= 255:
         raise InputError(f"{path}: {len(classes)} classes, {len(set(classes))} names; "
                          "2 to 255, all different, are possible")
-    return classes, palette
+    return classes, palette, ignored
 
 
-def _write_classes(path, classes, palette):
-    lines = (f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(classes, palette))
-    path.write_text("".join(lines), encoding="utf-8")
+# the endings that Pillow reads without further packages
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm",
+            ".pgm")
+
+
+def pictures(folder):
+    """The pictures of a folder, sorted. Prints what else lies there.
+
+    Hidden files are passed over, because macOS leaves ._NAME beside NAME on other disks.
+    """
+    entries = sorted(p for p in folder.glob("*") if not p.name.startswith("."))
+    found = [p for p in entries if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+    if others := sorted(p.name for p in set(entries) - set(found)):
+        print(f"NOTE: {folder}: {len(others)} left out, no picture that can be read here: "
+              f"{first_three(others)}")
+    return found
+
+
+def _pair_up(images, labels):
+    """Every image of a folder with the label of its name, which may be missing."""
+    images, found = _by_name(images), _by_name(labels)
+    _note_alone(labels, [path.name for name, path in found.items() if name not in images])
+    return [(path, found.get(name, labels / f"{path.stem}.png")) for name, path in images.items()]
+
+
+def _note_alone(labels, names):
+    if names:
+        print(f"NOTE: {labels}: {len(names)} labels without a picture, not used: "
+              f"{first_three(names)}")
+
+
+def _by_name(folder):
+    """The pictures of a folder by name. Raises InputError where two share one."""
+    found = {}
+    for path in pictures(folder):
+        other = found.setdefault(_stem(path), path)
+        if other is not path:
+            raise InputError(f"{folder}: {other.name} and {path.name} have the same name "
+                             "before the ending; rename one and its partner")
+    return found
+
+
+def _stem(path):
+    """The name without its ending, in the one form of Unicode in which names are compared."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
+def first_three(words):
+    """The first three words with commas, and dots for any others. For messages."""
+    return ", ".join(words[:3]) + (" ..." if words[3:] else "")
+
+
+ARCHIVES = {  # URL, MD5, the folder in it
+    "ade20k": ("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+               "7328b3957e407ddae1d3cbf487f149ef", "ADEChallengeData2016"),
+    "voc": (DATASET_YEAR_DICT["2012"]["url"], DATASET_YEAR_DICT["2012"]["md5"], "VOCdevkit"),
+}
+
+
+def download(name, root):
+    """Unpack ARCHIVES[name] under `root`, from the archive that lies there or a new download.
+
+    Raises InputError where that fails, and where `root` holds something else: gigabytes go only
+    where nothing is. What the user put there is neither changed nor deleted.
+    """
+    url, md5, folder = ARCHIVES[name]
+    archive = root / Path(url).name
+    visible = sorted(path.name for path in root.glob("[!.]*")
+                     if path != archive and ".part-" not in path.name)
+    if visible:
+        remedy = "give --data an empty folder"
+        parts = Path(os.path.abspath(root)).parts
+        if folder in parts:
+            remedy = f"give --data {Path(*parts[:parts.index(folder)])}"
+        raise InputError(f"{root}: no {folder} in it, but {first_three(visible)}; {remedy}")
+    if archive.exists() and not check_integrity(archive, md5):
+        raise InputError(f"{archive}: not the file of {url}, whose MD5 is {md5}; "
+                         "unpack it there if it is to be used, else move it away")
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder}.part-", dir=root) as part:
+        try:
+            if archive.exists():
+                print(f"unpacking {archive}", flush=True)
+                extract_archive(archive, part)
+            else:
+                print(f"downloading {url} to {root}", flush=True)
+                download_and_extract_archive(url, part, md5=md5)
+        except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:
+            raise InputError(f"{url}: cannot download and unpack it ({e}); "
+                             f"get it elsewhere and put it into {root}") from None
+        if not (root / folder).is_dir():  # another process may have been first
+            os.rename(Path(part, folder), root / folder)
 
 
 # ---------------------------------------------------------------- shapes, the embedded data set
@@ -385,7 +515,9 @@ SHAPES_SIZE = 64
 
 def make_shapes(root, seed=0):
     """Draw `shapes`, in the layout of `folder`; picture i depends on (seed, split, i) alone."""
-    with scratch(root) as part:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{root.name}.part-", dir=root.parent) as scratch:
+        part = Path(scratch, root.name)
         for number, (split, count) in enumerate(SHAPES_COUNT.items()):
             for kind in ("images", "labels"):
                 (part / kind / split).mkdir(parents=True)
@@ -393,8 +525,11 @@ def make_shapes(root, seed=0):
                 image, label = draw_shapes(seed, 1_000_000 * number + i)
                 image.save(part / "images" / split / f"{i:04d}.png", compress_level=1)
                 label.save(part / "labels" / split / f"{i:04d}.png")
-        _write_classes(part / "classes.txt", SHAPES, voc_palette(len(SHAPES)))
-        publish(part, root)
+        colours = zip(SHAPES, voc_palette(len(SHAPES)))
+        lines = [f"{name} {r} {g} {b}\n" for name, (r, g, b) in colours]
+        (part / "classes.txt").write_text("".join(lines))
+        if not root.is_dir():  # another process may have been first
+            os.rename(part, root)
 
 
 def draw_shapes(seed, index, size=SHAPES_SIZE):
@@ -463,83 +598,40 @@ def _outline(kind, rng, size):
     return mask
 
 
-# ---------------------------------------------------------------- finding pictures and labels
-
-# the endings that Pillow reads without further packages
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm",
-            ".pgm")
-
-
-def pictures(folder):
-    """The pictures of a folder, sorted. Prints what else lies there.
-
-    Hidden files are passed over, because macOS leaves ._NAME beside NAME on other disks.
-    """
-    entries = sorted(p for p in folder.glob("*") if not p.name.startswith("."))
-    found = [p for p in entries if p.suffix.lower() in SUFFIXES and not p.is_dir()]
-    if others := sorted(p.name for p in set(entries) - set(found)):
-        print(f"NOTE: {folder}: {len(others)} left out, no picture that can be read here: "
-              f"{first_three(others)}")
-    return found
-
-
-def _pair_up(images, labels):
-    """Every image of a folder with the label of its name, which may be missing."""
-    images, found = _by_name(images), _by_name(labels)
-    if alone := [path.name for name, path in found.items() if name not in images]:
-        print(f"NOTE: {labels}: {len(alone)} labels without a picture, not used: "
-              f"{first_three(alone)}")
-    return [(path, found.get(name, labels / f"{path.stem}.png")) for name, path in images.items()]
-
-
-def _by_name(folder):
-    """The pictures of a folder by name. Raises InputError where two share one."""
-    found = {}
-    for path in pictures(folder):
-        other = found.setdefault(_stem(path), path)
-        if other is not path:
-            raise InputError(f"{folder}: {other.name} and {path.name} have the same name "
-                             "before the ending; rename one and its partner")
-    return found
-
-
-def _stem(path):
-    """The name without its ending, in the one form of Unicode in which names are compared."""
-    return unicodedata.normalize("NFC", path.stem)
-
-
-def first_three(words):
-    """The first three words with commas, and dots for any others. For messages."""
-    return ", ".join(words[:3]) + (" ..." if words[3:] else "")
-
-
 # ---------------------------------------------------------------- reading pictures and labels
 
 # formats whose compression can change the value of a pixel
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 # Pillow multiplies 2- and 4-bit greys by these factors
 STRETCH = {"L;2": 85, "L;4": 17}
+ORIENTATION, BITS_PER_SAMPLE = 274, 258  # tags of EXIF and of TIFF
 
 
 def read_image(path):
     """A picture (PIL, RGB), turned as its EXIF tag says. Raises InputError naming the file."""
-    image, _ = _open(path)
-    if image.mode[0] in "IF":  # Pillow would clip to 255
-        raise InputError(f"{path}: mode {image.mode}, more than 8 bits per channel; save it with 8")
-    with suppress(Exception):  # damaged EXIF data are no fault of the pixels
-        ImageOps.exif_transpose(image, in_place=True)
-    return image.convert("RGB")
+    with _opened(path) as image:
+        _refuse_deep(path, image)
+        image.load()
+        with suppress(Exception):  # damaged EXIF data are no fault of the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        return image.convert("RGB")
 
 
 def open_label(path):
     """A label as Pillow opens it, in any mode, with the values of the file.
 
-    Raises InputError for formats that change values.
+    Raises InputError for what Pillow would change, and for several labels in one file.
     """
-    raw, packing = _open(path)
-    if raw.format in LOSSY or raw.info.get("compression") == "jpeg":
-        raise InputError(f"{path}: holds {raw.format} data, whose compression changes colours and "
-                         "indices; export the label again, as PNG")
+    with _opened(path) as raw:
+        if raw.format in LOSSY or raw.info.get("compression") == "jpeg":
+            raise InputError(f"{path}: holds {raw.format} data, whose compression changes colours "
+                             "and indices; export the label again, as PNG")
+        if getattr(raw, "n_frames", 1) > 1:
+            raise InputError(f"{path}: {raw.n_frames} pages, but a label has one; "
+                             "save what is meant as one PNG")
+        _refuse_deep(path, raw)
+        packing = _packing(raw)
+        raw.load()
     if raw.mode in ("L", "1") and ";" in packing:
         if packing not in STRETCH:
             raise InputError(f"{path}: grey values packed as {packing}, which readers change; "
@@ -548,145 +640,111 @@ def open_label(path):
     return raw
 
 
-def _open(path):
-    """A picture as Pillow reads it, and how the file packs its pixels: "L;4" is 4 bits of grey."""
+def picture_size(path):
+    """Width and height as `read_image` gives them, by the header alone.
+
+    Where a PNG's EXIF data stand behind its pixels, they are those before turning.
+    """
+    with _opened(path) as image:
+        _refuse_deep(path, image)
+        with suppress(Exception):  # a TIFF has no "exif" there: Pillow turns it by itself
+            if "exif" in image.info and image.getexif().get(ORIENTATION, 1) > 4:
+                return image.size[::-1]
+        return image.size
+
+
+@contextmanager
+def _opened(path):
+    """Image.open. What fails in it or in its block is an InputError."""
     try:
-        image = Image.open(path)
-        packing = image.tile[0][3] if image.tile else ""  # gone after loading
-        image.load()
+        with Image.open(path) as image:
+            yield image
+    except InputError:
+        raise
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS
         raise InputError(f"{path}: more than {limit:,} pixels; cut it into tiles") from None
-    except (OSError, SyntaxError, ValueError) as e:
-        message = what_to_do(e) or f"{path}: truncated or not an image ({e}); get it again"
-        raise InputError(message) from None
-    if not isinstance(packing, str):  # some formats give a tuple, whose first entry is the packing
-        packing = str((*packing, "")[0])
-    return image, packing
+    except Exception as e:  # damaged files raise what their readers did not expect
+        if getattr(e, "errno", None):
+            raise InputError(f"{path}: {e.strerror}; check the path and its permissions") from None
+        raise InputError(f"{path}: truncated or not an image ({e}); get it again") from None
 
 
-def misplaced_class(data, raw):
-    """The first index of a label to which its palette gives another class, and that class, or None.
+def _refuse_deep(path, image):
+    """Of more than 8 bits Pillow clips some or drops the lower: dark pictures would be black."""
+    deep = image.mode[0] in "IF" or re.search(r";16[BLN]|max \d{4}", _packing(image))
+    if image.format == "TIFF":
+        deep = deep or max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8
+    if deep:
+        raise InputError(f"{path}: mode {image.mode}, more than 8 bits per channel; save it with 8")
 
-    Some programs renumber palettes. A colour stands for its class in classes.txt. In a palette of
-    greys alone, (2, 2, 2) stands for class 2. Other colours stand for none, and their index counts.
+
+def _packing(image):
+    """How a file packs its pixels, before it is loaded: "L;4" is 4 bits of grey."""
+    form = image.tile[0][3] if image.tile else ""
+    if isinstance(form, str):
+        return form
+    if image.format == "PPM" and form[1] != 255:  # the largest value, which is stretched to 255
+        return f"{form[0]};max {form[1]}"
+    return str((*(form or ()), "")[0])
+
+
+# ---------------------------------------------------------------- what the files hold
+
+def labels_digest(data, *splits):
+    """sha256 of the names and bytes of these splits' labels, in whatever folder they lie."""
+    files = [(split, label) for split in splits
+             for _, label in data.pairs.get(split, ()) if label]
+
+    def line(file):
+        split, path = file
+        return f"{split}/{_stem(path)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+    lines = in_threads(line, files, desc="reading labels", unit="labels")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def pictures_digest(data, *splits):
+    """sha256 of the names of these splits' pictures, 0 without any."""
+    names = [f"{split}/{_stem(path)}\n" for split in splits
+             for path, _ in data.pairs.get(split, ())]
+    return hashlib.sha256("".join(names).encode()).hexdigest() if names else 0
+
+
+def size_of_pictures(data):
+    """Bytes of the files of all pictures that training and validation read."""
+    return sum(path.stat().st_size for split in ("train", "val", "unlabelled")
+               for path, _ in data.pairs.get(split, ()))
+
+
+def check_before_training(data):
+    """Look at what training and validation will read, before hours are spent.
+
+    Every label is read, every picture of val decoded, of the others the header. Prints NOTEs about
+    the labels. Raises InputError for the first fault.
     """
-    if raw.mode != "P" or data.name != "folder":
+    pixels = {}
+    for split in ("train", "val", "unlabelled"):
+        glance = partial(_glance, data, split)
+        indices = range(len(data.pairs.get(split, ())))
+        found = in_threads(glance, indices, desc=f"checking {split}", unit="images")
+        if split != "unlabelled":
+            pixels[split] = sum(found)
+    for line in _judge(data, pixels):
+        print(line)
+
+
+def _glance(data, split, index):
+    """The label's pixels by value. Raises InputError."""
+    picture, path = data.pairs[split][index]
+    size = read_image(picture).size if split == "val" else picture_size(picture)
+    if path is None:
         return None
-    flat = raw.getpalette("RGB")
-    shown = {index: tuple(flat[3 * index:3 * index + 3])
-             for _, index in raw.getcolors() if index != IGNORE}
-    class_of = {}
-    if all(map(is_grey, shown.values())):
-        class_of = {(k, k, k): k for k in range(len(data.classes))}
-    class_of |= {colour: k for k, colour in enumerate(data.palette)}
-    for index, colour in shown.items():
-        if class_of.get(colour, index) != index:
-            return index, class_of[colour]
-    return None
+    label = data.read_label(path)
+    if label.shape != size[::-1]:
+        data.read(split, index)  # the picture itself decides
+    return np.bincount(label.ravel(), minlength=256)
 
-
-def is_grey(colour):
-    """Whether red, green and blue are equal."""
-    return len(set(colour)) == 1
-
-
-# ---------------------------------------------------------------- what the labels hold
-
-@dataclass
-class LabelScan:
-    """What all labels hold.
-
-    pixels: split -> Counter, class index -> pixel count. Ignored pixels are counted at 255.
-    binary: split -> number of its labels that hold the values 0 and 255 and no other.
-    digest: sha256 of the names and bytes of train's and val's labels, in whatever folder.
-    """
-    pixels: dict
-    binary: dict
-    digest: str
-
-
-def scan_labels(data, cache=None):
-    """Read every label of every split once, with a bar -> LabelScan.
-
-    cache: a json file, valid while paths, sizes, times and classes stay the same. Raises
-    InputError for the first label that cannot be used.
-    """
-    files = [(split, label) for split, pairs in data.pairs.items() for _, label in pairs if label]
-    state = _state_of_labels(data, files)
-    known = {}
-    if cache:
-        with suppress(OSError, ValueError):
-            known = json.loads(Path(cache).read_text())
-    if known.get("state") != state:
-        known = {"state": state, **_count_labels(data, files)}
-        if cache:
-            Path(cache).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache, json.dumps(known).encode(), shared=True)
-    pixels = {split: Counter({int(value): count for value, count in counts.items()})
-              for split, counts in known["pixels"].items()}
-    return LabelScan(pixels, known["binary"], known["digest"])
-
-
-def _state_of_labels(data, files):
-    """A hash that changes if any label or the classes may have changed. No label is read."""
-    meaning = data.name, data.classes, data.palette, data.class_of_value.tolist()
-    state = hashlib.sha256(repr(meaning).encode())
-    for split, path in files:
-        status = path.stat()
-        # copying tools can restore mtime, not ctime
-        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
-        state.update(f"{split} {path.absolute()} {status.st_size} {times}\n".encode())
-    return state.hexdigest()
-
-
-def _count_labels(data, files):
-    """The fields of a LabelScan as a dict."""
-    def look(file):
-        _, path = file
-        counts = np.bincount(data.read_label(path).ravel(), minlength=256)
-        held = {int(value): int(counts[value]) for value in counts.nonzero()[0]}
-        return held, hashlib.sha256(path.read_bytes()).hexdigest()
-
-    found = in_threads(look, files, desc="reading labels", unit="labels")
-    pixels, binary, digest = {}, Counter(), hashlib.sha256()
-    for (split, path), (held, of_file) in zip(files, found):
-        pixels.setdefault(split, Counter()).update(held)
-        binary[split] += held.keys() == {0, IGNORE}
-        if split != "test":  # test labels do not affect training
-            digest.update(f"{split}/{_stem(path)} {of_file}\n".encode())
-    return {"pixels": pixels, "binary": binary, "digest": digest.hexdigest()}
-
-
-def judge_labels(data, scan):
-    """Lines to print about labels that are readable and yet may not be what was meant.
-
-    Raises InputError where train has fewer than two classes or val has nothing to score.
-    """
-    lines = []
-    about_255 = ("255 means ignored. To make it a class: python data.py --convert OUT --dataset "
-                 f'folder --data {data.root} --map "255={data.classes[1]}"')
-    for split, pixels in scan.pixels.items():
-        present = [name for k, name in enumerate(data.classes) if pixels[k]]
-        absent = [name for name in data.classes if name not in present]
-        binary = scan.binary[split]
-        if not present and split != "test":
-            raise InputError(f"{data.root}: no label of {split} has a labelled pixel: all are 255, "
-                             "which means ignored; export the labels as class indices")
-        if split == "train" and len(present) == 1:
-            hint = about_255 if binary else "export them as class indices"
-            raise InputError(f"{data.root}: the labels of train hold one class, {present[0]}, and "
-                             f"two are needed; {hint}")
-        if absent:
-            effect = "they cannot be learned" if split == "train" else "they are not scored"
-            lines.append(f"NOTE: classes without a pixel in {split}, {effect}: {', '.join(absent)}")
-        if binary and data.name == "folder":
-            lines.append(f"NOTE: {binary} of the {len(data.pairs[split])} labels of {split} hold "
-                         f"only the values 0 and 255. {about_255}")
-    return lines
-
-
-# ---------------------------------------------------------------- data.py --check
 
 def check(name, root):
     """Read every file of a data set, print each fault as one line, and what the labels hold.
@@ -694,295 +752,91 @@ def check(name, root):
     Raises InputError where there are faults.
     """
     data = open_dataset(name, root, missing_ok=True)
-
-    def fault(item):
-        try:
-            data.read(*item)
-        except InputError as e:
-            return str(e)
-
-    items = [(split, index) for split, pairs in data.pairs.items() for index in range(len(pairs))]
-    found = in_threads(fault, items, desc="checking", unit="images")
-    faults = [line for line in found if line]
-    for line in faults:
-        print(line)
-    counts = ", ".join(f"{split}: {len(pairs)} images" for split, pairs in data.pairs.items())
-    print(f"{counts}, {len(data.classes)} classes, {len(faults)} faulty")
+    faults, pixels, odd, places = 0, {}, {}, {}
+    for split, pairs in data.pairs.items():
+        look = partial(_look, data, split)
+        found = in_threads(look, range(len(pairs)), desc=f"checking {split}", unit="images")
+        for (picture, label), result in zip(pairs, found):
+            if isinstance(result, str):
+                faults += 1
+                print(result)
+                continue
+            counts, digest, oddities = result
+            if label:
+                pixels[split] = pixels.get(split, 0) + counts
+            places.setdefault(digest, {})[split] = picture
+            for what in oddities:
+                odd.setdefault(what, []).append(picture)
+    sizes = ", ".join(f"{split}: {len(pairs)} images" for split, pairs in data.pairs.items())
+    print(f"{sizes}, {len(data.classes)} classes, {faults} faulty")
     if faults:
-        raise InputError(f"{len(faults)} faulty files are listed above; mend or remove them")
-    scan = scan_labels(data)
-    for split, pixels in scan.pixels.items():
-        share = pixels[IGNORE] / pixels.total()
-        print(f"{split}: {share:.1%} of the labels' pixels are ignored")
-    for line in judge_labels(data, scan) or ["every class has a pixel in every split"]:
+        raise InputError(f"{faults} faulty files are listed above; mend or remove them")
+
+    for split, counts in pixels.items():
+        print(f"{split}: {counts[IGNORE] / counts.sum():.1%} of the labels' pixels are ignored")
+    for line in _judge(data, pixels) or ["every class has a pixel in every split"]:
         print(line)
-    for line in pictures_in_two_splits(data):
-        print(line)
+    for what, those in odd.items():
+        print(f"NOTE: pictures that {what}: {len(those)}, for instance {those[0]}")
+    twice = [list(found.values()) for found in places.values()
+             if len(found) > 1 and found.keys() != {"train", "unlabelled"}]
+    if twice:
+        print(f"NOTE: pictures that are in two splits: {len(twice)}, for instance {twice[0][0]} "
+              f"and {twice[0][-1]}; scores will be too good, so keep each in one split")
 
 
-def pictures_in_two_splits(data):
-    """One line, with an example, where two splits hold the same picture, byte for byte."""
-    files = [(split, image) for split, pairs in data.pairs.items()
-             for image, label in pairs if label]
+def _look(data, split, index):
+    """A fault, or the label's pixels by value, the picture's digest and what is odd in it."""
+    picture, _ = data.pairs[split][index]
+    oddities = []
+    try:
+        _, label = data.read(split, index)
+        with _opened(picture) as image:
+            image.load()
+            if image.has_transparency_data:
+                if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                    oddities.append("have transparent pixels, whose colours are seen as they are")
+    except InputError as e:
+        return str(e)
+    with suppress(Exception), Image.open(picture) as image:
+        if image.getexif().get(ORIENTATION, 1) > 1:
+            oddities.append("are turned as their EXIF data say, which their labels must be, too")
+    digest = hashlib.sha256(picture.read_bytes()).digest()
+    return np.bincount(label.ravel(), minlength=256), digest, oddities
 
-    def digest(item):
-        return hashlib.sha256(item[1].read_bytes()).digest()
 
-    first, twice = {}, []
-    for file, found in zip(files, in_threads(digest, files, desc="comparing", unit="images")):
-        split, image = first.setdefault(found, file)
-        if split != file[0]:
-            twice.append((image, file[1]))
-    if not twice:
-        return []
-    return [f"WARNING: pictures that are in two splits: {len(twice)}, for instance {twice[0][0]} "
-            f"and {twice[0][1]}; scores will be too good, so keep each in one split"]
+def _judge(data, pixels):
+    """Lines to print about labels that are readable and yet may not be what was meant.
 
-
-# ---------------------------------------------------------------- data.py --convert
-# A code is what a pixel of a label holds: a value (int) or a colour (red, green, blue).
-
-def convert(data, out, mapping):
-    """Write a `folder` data set with index labels into the new folder `out`, all of it or nothing.
-
-    mapping: code -> class index, as the user gave it. Pictures are copied. Raises InputError for
-    codes without a class, and for labels that training could not use.
+    pixels: split -> how many have each value, 256 entries. Raises InputError where train has fewer
+    than two classes or val has nothing to score.
     """
-    out = Path(out)
-    if out.exists():
-        raise InputError(f"{out}: exists already; give --convert the name of a new folder")
-    triples = [(split, *pair) for split, pairs in data.pairs.items() for pair in pairs]
-    labels = [label for _, _, label in triples if label]
-
-    def count(label):
-        codes, inverse = label_codes(data, label)
-        return dict(zip(codes, np.bincount(inverse.ravel()).tolist()))
-
-    seen = Counter()
-    for counts in in_threads(count, labels, desc="reading labels", unit="labels"):
-        seen.update(counts)
-    class_of = class_of_code(data, seen, mapping)
-
-    def write(triple):
-        split, image, label = triple
-        copy = part / "images" / split / image.name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(image, copy)
-        if label:
-            codes, inverse = label_codes(data, label)
-            indices = np.array([class_of[code] for code in codes], np.uint8)[inverse]
-            target = part / "labels" / split / f"{image.stem}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(indices).save(target)
-
-    with scratch(out) as part:
-        in_threads(write, triples, desc=f"writing {out}", unit="pictures")
-        _write_classes(part / "classes.txt", data.classes, data.palette)
-        # what was written must be what training can use
-        lines = judge_labels(data, scan_labels(open_dataset("folder", part)))
-        os.rename(part, out)
-    for line in lines:
-        print(line)
-    print(f"{out}: {len(labels)} labels as class indices, {len(triples)} pictures copied, "
-          "classes.txt; use it as --dataset folder --data")
-
-
-def label_codes(data, path):
-    """The list of codes in a label, and for each pixel its index in that list (H,W).
-
-    A palette is read by its colours only where its indices are not class indices. Raises
-    InputError for what cannot be told without loss.
-    """
-    image = open_label(path)
-    grey = image.mode in ("L", "1") or image.mode[0] == "I"
-    if grey or image.mode == "P" and not misplaced_class(data, image):
-        values = np.array(image).astype(np.int64)
-        found, inverse = np.unique(values, return_inverse=True)
-        return found.tolist(), inverse.reshape(values.shape)
-    if image.mode not in ("RGB", "RGBA", "LA", "P"):
-        raise InputError(f"{path}: mode {image.mode}, neither colours nor whole numbers; "
-                         "export the label again, as PNG")
-    if "A" in image.mode and image.getchannel("A").getextrema()[0] < 255:
-        raise InputError(f"{path}: has transparent pixels, which are of no class; "
-                         "export it without transparency")
-    packed = np.array(image.convert("RGB")).astype(np.int64) @ (65536, 256, 1)
-    found, inverse = np.unique(packed, return_inverse=True)
-    colours = [(number >> 16, number >> 8 & 255, number & 255) for number in found.tolist()]
-    return colours, inverse.reshape(packed.shape)
-
-
-def class_of_code(data, seen, mapping):
-    """A dict, code -> class index, of every code in `seen`.
-
-    The class is that of `mapping`, else the colour's in classes.txt, else the value itself.
-    seen: Counter, code -> pixels. mapping: code -> class index, as the user gave it. Raises
-    InputError for what has no class or could have two, and for a code of `mapping` not in `seen`.
-    """
-    value_of = values_of_greys(data, seen, mapping)
-    counts = Counter()
-    for code, pixels in seen.items():
-        counts[value_of.get(code, code)] += pixels
-
-    class_of = {value: int(k) for value, k in enumerate(data.class_of_value) if k >= 0}
-    class_of |= {colour: k for k, colour in enumerate(data.palette)}
-    class_of |= mapping
-    unknown = Counter({code: pixels for code, pixels in counts.items() if code not in class_of})
-    if unknown:
-        print("without a class, and their share of the pixels:")
-        for code, pixels in unknown.most_common(12):
-            print(f"  {code}  {pixels / counts.total():.1%}")
-        raise InputError(
-            f"{data.root}: {len(unknown)} values or colours without a class, the commonest are "
-            "listed above; nothing was written; correct classes.txt, or name the classes of values "
-            "with --map VALUE=CLASS, colours to be ignored with --ignore-colour R,G,B")
-    if unused := [str(code) for code in mapping if code not in counts]:
-        held = sorted(map(str, counts))
-        raise InputError(f"{data.root}: no label holds {first_three(unused)}, found: "
-                         f"{first_three(held)}; nothing was written; use --map for values, "
-                         "--ignore-colour for colours")
-    for value, k in mapping.items():
-        others = [code for code in counts if isinstance(code, int) and code not in mapping
-                  and class_of[code] == k != IGNORE]
-        if others:
-            raise InputError(f"--map {value}={k}: value {others[0]} is also {data.classes[k]}; "
-                             f"add {others[0]}={k} if so, else choose another class")
-    return {code: class_of[value_of.get(code, code)] for code in seen}
-
-
-def values_of_greys(data, seen, mapping):
-    """A dict, (v, v, v) -> v, where labels have no other colour than greys, else an empty one.
-
-    Some programs write a value into three equal channels. Raises InputError where such a grey is
-    the colour of another class, unless `mapping` says what the value means.
-    """
-    colours = [code for code in seen if isinstance(code, tuple)]
-    if not all(map(is_grey, colours)):
-        return {}
-    value_of = {colour: colour[0] for colour in colours}
-    for k, colour in enumerate(data.palette):
-        value = value_of.get(colour, k)
-        if value != k and value not in mapping:
-            raise InputError(
-                f"{data.root}: labels hold only greys, which are read as values, but the grey "
-                f"{value} is the colour of {data.classes[k]}; if it means this class, add "
-                f"--map {value}={k}")
-    return value_of
+    lines = []
+    for split, counts in pixels.items():
+        present = [name for k, name in enumerate(data.classes) if counts[k]]
+        absent = [name for name in data.classes if name not in present]
+        if not present and split != "test":
+            raise InputError(f"{data.root}: no label of {split} has a labelled pixel: all are 255, "
+                             "which means ignored; export the labels as class indices")
+        if split == "train" and len(present) == 1:
+            hint = "export them as class indices"
+            if counts[0] and counts[IGNORE]:
+                hint = ("255 means ignored; for masks of 0 and 255, DETAILS.md has three lines of "
+                        "Python")
+            raise InputError(f"{data.root}: the labels of train hold one class, {present[0]}, and "
+                             f"two are needed; {hint}")
+        if absent:
+            effect = "they cannot be learned" if split == "train" else "they are not scored"
+            lines.append(f"NOTE: classes without a pixel in {split}, {effect}: {', '.join(absent)}")
+    return lines
 
 
 def main():
-    parser = Parser(description="Check a data set before hours are spent on it, or convert labels.")
-    verb = parser.add_mutually_exclusive_group(required=True)
-    verb.add_argument("--check", action="store_true", help="read every file, list every fault")
-    verb.add_argument("--convert", metavar="OUT", help="write index labels into this new folder")
+    parser = Parser(description="Read a whole data set and name every fault in it.")
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--data", metavar="DIR", help="its folder (default: data/NAME)")
-    parser.add_argument("--map", nargs="+", default=[], metavar="VALUE=CLASS",
-                        help="of grey labels: name or index of the class, or ignore")
-    parser.add_argument("--ignore-colour", nargs="+", default=[], metavar="R,G,B", type=_colour,
-                        help="colours that become 255")
     args = parser.parse_args()
-    if args.check and (args.map or args.ignore_colour):
-        parser.error("--map and --ignore-colour go with --convert")
-    if args.check:
-        return check(args.dataset, args.data)
-    if args.dataset != "folder":
-        parser.error(f"--dataset {args.dataset}: its labels need no conversion; "
-                     "--convert goes with --dataset folder")
-    data = open_dataset("folder", args.data)
-    ignored = dict.fromkeys(args.ignore_colour, IGNORE)
-    convert(data, args.convert, _mapping(args.map, data.classes) | ignored)
-
-
-def _colour(text):
-    """A `type` for argparse: R,G,B as three numbers."""
-    found = re.fullmatch(r"(\d+),(\d+),(\d+)", text)
-    if not found or max(map(int, found.groups())) > 255:
-        raise argparse.ArgumentTypeError(f"must be R,G,B with three numbers 0..255, not {text}")
-    return tuple(map(int, found.groups()))
-
-
-def _mapping(items, classes):
-    """--map as a dict, value -> class index. Raises InputError."""
-    mapping = {}
-    for item in items:
-        value, _, text = item.partition("=")
-        meanings = {k for k, name in enumerate(classes) if text in (name, str(k))}
-        if text in ("ignore", str(IGNORE)):
-            meanings.add(IGNORE)
-        if not value.isdecimal() or not meanings or int(value) in mapping:
-            raise InputError(f"--map {item}: takes VALUE=CLASS once per value, with the class's "
-                             f"name, its index 0 to {len(classes) - 1}, or ignore")
-        if len(meanings) > 1:
-            raise InputError(f"--map {item}: {text} is the name of a class and means something "
-                             "else, too; give that class another name in classes.txt")
-        mapping[int(value)] = meanings.pop()
-    return mapping
-
-
-# ---------------------------------------------------------------- downloads
-
-@dataclass(frozen=True)
-class Download:
-    """An archive, its hash, and the folder in it that holds the data set."""
-    url: str
-    algorithm: str
-    digest: str
-    folder: str
-
-
-DOWNLOADS = {
-    "ade20k": Download("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-                       "sha1", "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7", "ADEChallengeData2016"),
-    "voc": Download(DATASET_YEAR_DICT["2012"]["url"],
-                    "md5", DATASET_YEAR_DICT["2012"]["md5"], "VOCdevkit"),
-}
-
-
-def download(name, root):
-    """Fetch, verify and unpack DOWNLOADS[name] under `root`.
-
-    Works beside the target and renames at the end, so that nothing partial is left. Raises
-    InputError if the archive cannot be downloaded or unpacked, or its hash is wrong.
-    """
-    wanted = DOWNLOADS[name]
-    root.mkdir(parents=True, exist_ok=True)
-    archive = root / Path(wanted.url).name
-    if not archive.exists():
-        _fetch(wanted.url, archive)
-    try:
-        _verify(archive, wanted)
-        print(f"unpacking {archive}", flush=True)
-        with scratch(root / "unpacking") as part:
-            # paths that leave `part` are skipped in a zip and refused in a tar
-            safe = "data" if archive.suffix == ".tar" else None
-            shutil.unpack_archive(archive, part, filter=safe)
-            publish(part / wanted.folder, root / wanted.folder)
-    except OSError as e:
-        # where the folder is there, another process was first and has removed the archive
-        if not (root / wanted.folder).is_dir():
-            raise InputError(f"{archive}: cannot unpack it ({e}); "
-                             "free some space or give --data a larger disk") from None
-    archive.unlink(missing_ok=True)
-
-
-def _fetch(url, archive):
-    print(f"downloading {url} to {archive.parent}", flush=True)
-    try:
-        torch.hub.download_url_to_file(url, archive, progress=sys.stderr.isatty())
-    except (OSError, ValueError, http.client.HTTPException) as e:
-        raise InputError(f"{url}: cannot download it ({e}); "
-                         f"get it elsewhere and unpack it in {archive.parent}") from None
-
-
-def _verify(archive, wanted):
-    """Delete a truncated or altered archive and raise InputError."""
-    with open(archive, "rb") as f:
-        found = hashlib.file_digest(f, wanted.algorithm).hexdigest()
-    if found != wanted.digest:
-        archive.unlink(missing_ok=True)
-        raise InputError(
-            f"{archive}: {wanted.algorithm} {found} instead of {wanted.digest}: deleted; run the "
-            f"same command again, or get {wanted.url} elsewhere and unpack it in {archive.parent}")
+    check(args.dataset, args.data)
 
 
 # ---------------------------------------------------------------- errors and the console
@@ -1015,6 +869,12 @@ def command(main):
         if not advice:  # errors that no user can mend keep their traceback
             raise
         code, message = 2, f"error: {advice}"
+    finally:
+        children = multiprocessing.active_children()  # loaders, which ignore SIGTERM
+        if children and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own reports an accident
+        for child in children:
+            child.kill()
     sys.stdout.flush()  # so that the message comes last, where both go to one file
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(code)
@@ -1023,9 +883,6 @@ def command(main):
 # Errors of the machine: phrases that identify them, and the advice.
 LIMITS = (
     (("CUDA out of memory",), "out of GPU memory: lower --batch-size or --crop"),
-    (("Too many open files", "ancdata"),
-     "too many open files: take fewer --workers, --workers 0 for none, "
-     "or raise the limit (ulimit -n)"),
     # whole phrases, because other libraries have limits called "shared memory", too
     (("Bus error", "unable to mmap", "unable to open shared memory object <",
       "unable to allocate shared memory", "unable to resize file <", "unable to write to file <"),
@@ -1042,12 +899,8 @@ def what_to_do(error):
     for words, advice in LIMITS:
         if any(word in text for word in words):
             return advice
-    name = getattr(error, "filename", None)
-    if not name and getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        name = "the disk or /dev/shm (see --workers)"
-    if name:
-        return f"{name}: {error.strerror}; check the path, its permissions and the free space"
-    return ""
+    # errors from loader processes begin with a traceback
+    return text.strip().splitlines()[-1] if isinstance(error, OSError) else ""
 
 
 # ---------------------------------------------------------------- options, bars, processes
@@ -1081,12 +934,15 @@ def in_threads(function, items, **bar):
     It is faster for functions that read and decode files, because these let other threads run.
     """
     with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
-        return list(progress(pool.map(function, items), total=len(items), **bar))
+        results = pool.map(function, items)
+        return list(progress(results, disable=not items, total=len(items), **bar))
 
 
 def quiet_worker(_):
-    """Workers ignore Ctrl-C: the main process saves, then ends them with SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Loader processes leave signals to the main process, which saves, then ends them."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @contextmanager
@@ -1120,39 +976,14 @@ def _lock(file):
 
 # ---------------------------------------------------------------- files
 
-def temporary_path(path):
-    """A path beside `path` that no other process uses."""
-    return path.with_name(f"{path.name}.part-{secrets.token_hex(4)}")
-
-
-@contextmanager
-def scratch(path):
-    """A new folder beside `path`. It is deleted on exit, unless it was renamed."""
-    part = temporary_path(path)
-    part.mkdir(parents=True)
-    try:
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def publish(part, folder):
-    """Rename a complete folder to its place, unless another process was first."""
-    try:
-        os.rename(part, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-
-
-def write_atomically(path, content, shared=False):
+def write_atomically(path, content):
     """Write bytes beside `path`, sync, rename: a kill leaves the old file or the new one.
 
-    shared: several processes may write it at once. Raises InputError where that fails.
+    Raises InputError where that fails.
     """
     path = Path(path)
-    # With one writer the name is always the same, so that the next one overwrites what a kill left.
-    part = temporary_path(path) if shared else path.with_name(f"{path.name}.part")
+    # always the same name, so that the next one overwrites what a kill left
+    part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as f:
             f.write(content)
@@ -1256,29 +1087,32 @@ def load_strictly(module, state, source, wanted, remedy, aside=()):
     """Fill `module` from a state dict of its own names and shapes.
 
     Tensors whose names begin with one of `aside` are left out, and their names are returned.
-    Raises InputError, before changing anything, if `source` is not `wanted`.
+    Raises InputError if `source` is not `wanted`.
     """
     left = sorted(k for k in state if k.startswith(tuple(aside)))
-    needed = module.state_dict()
     # Old files lack BatchNorm's counters, which change no result.
-    counters = {k: v for k, v in needed.items() if k.endswith("num_batches_tracked")}
+    counters = {k: v for k, v in module.state_dict().items() if k.endswith("num_batches_tracked")}
     state = counters | {k: v for k, v in state.items() if k not in left}
-    bad = [k for k in needed if _shape(state.get(k)) != _shape(needed[k])]
-    bad += sorted(set(state) - set(needed))
-    if bad:
-        there, here = _shape(state.get(bad[0])), _shape(needed.get(bad[0]))
-        raise InputError(f"{source}: not {wanted}: {len(bad)} tensors differ, the first is "
-                         f"{bad[0]} (there {there}, here {here}); {remedy}")
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as e:
+        first, *others = str(e).splitlines()
+        names = re.findall(r'"(\S+?)"|size mismatch for (\S+):', "".join(others))
+        names = first_three([quoted or unquoted for quoted, unquoted in names])
+        raise InputError(f"{source}: not {wanted}: {first} {names}; {remedy}") from None
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise InputError(f"{source}: {name} holds NaN or infinity; "
                              "give a file saved before its training went wrong")
-    module.load_state_dict(state)
     return left
 
 
-def _shape(tensor):
-    return tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "nothing"
+def first_difference(there, here):
+    """The first entry in which two lists differ, in words, "" if they are equal."""
+    for k, (one, other) in enumerate(zip_longest(there, here, fillvalue="nothing")):
+        if one != other:
+            return f"entry {k} is {one} there, {other} here"
+    return ""
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""Scores, pictures, export and comparison of trained networks, students and teachers alike.
+"""Scores, comparison, pictures and export of trained networks, students and teachers alike.
 
     # mIoU and the IoU of each class
-    python evaluate.py --checkpoint runs/shapes/c2vkd-mit_nano-seed0/last.pt
+    python evaluate.py score runs/shapes/c2vkd-mit_nano-seed0/last.pt --split test
     # overlays of pictures without labels, or masks of class indices
-    python evaluate.py --checkpoint FILE --image a.jpg DIR --pictures OUT
-    python evaluate.py --checkpoint FILE --image DIR --masks
+    python evaluate.py draw FILE a.jpg DIR --masks --out OUT
     # the network alone, for torch.export or ONNX
-    python evaluate.py --checkpoint FILE --export student.pt2
+    python evaluate.py export FILE student.pt2
     # gains of all methods over the student alone
-    python evaluate.py --compare runs/shapes --against fitnet
+    python evaluate.py compare runs/shapes --against fitnet
 
 mIoU: one int64 confusion matrix over all labelled pixels of the split at the labels' original
-resolution, IoU = TP / (TP + FP + FN), mean over the classes that occur in labels or predictions.
+resolution, IoU = TP / (TP + FP + FN), mean over the classes that the split's labels hold.
 """
 import csv
 import importlib.util
@@ -22,7 +21,7 @@ import math
 import os
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,13 +30,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader
 
-from data import (DATASETS, IGNORE, EvalImages, InputError, Parser, at_least, command,
-                  data_folder, evenly_spaced, load_checkpoint, load_strictly, normalise,
-                  open_dataset, pictures, progress, quiet_worker, read_image, resize_short_side,
-                  scan_labels, write_atomically)
+from data import (IGNORE, EvalImages, InputError, Parser, command, first_difference,
+                  labels_digest, load_checkpoint, load_strictly, normalise, open_dataset, pictures,
+                  progress, quiet_worker, read_image, resize_short_side, size_of_pictures,
+                  write_atomically)
 from student import VARIANTS, Student, count_parameters
 from teacher import TEACHERS, Teacher
 
@@ -54,13 +52,15 @@ def confusion_matrix(prediction, label, classes):
 def scores(matrix):
     """What a confusion matrix (K,K) says, in percent: miou, pixel_accuracy, iou of each class.
 
-    The iou of a class in neither labels nor predictions is None. The mean leaves it out.
+    The iou of a class without a labelled pixel is None, and the mean leaves it out, whatever was
+    predicted: so all networks have their mean over the same classes.
     """
-    hit = matrix.diag().double()
-    iou = (100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)).tolist()
-    present = [v for v in iou if not math.isnan(v)]
+    hit, labelled = matrix.diag().double(), matrix.sum(1)
+    iou = (100 * hit / (matrix.sum(0) + labelled - hit)).tolist()
+    iou = [value if count else None for value, count in zip(iou, labelled.tolist())]
+    present = [value for value in iou if value is not None]
     return {"miou": sum(present) / max(1, len(present)),
-            "iou": [None if math.isnan(v) else v for v in iou],
+            "iou": iou,
             "pixel_accuracy": (100 * hit.sum() / matrix.sum().clamp(min=1)).item()}
 
 
@@ -74,13 +74,12 @@ def miou_of_commonest_class(matrix):
 
 # ---------------------------------------------------------------- the sliding window
 
-def evaluate(model, data, split, base, window, device, stride=None, batch=8,
-             desc="evaluating", workers=0):
+def evaluate(model, data, split, base, window, device, desc="evaluating", workers=0):
     """Confusion matrix (K,K) of `model`, in eval mode, on a split.
 
-    base: pixels of the short side at which the network sees the images.
-    window, stride, batch: see `predict`. workers: processes that decode.
-    With several processes each takes every n-th image, and the counts are added up.
+    base: pixels of the short side at which the network sees the images. window: see `predict`.
+    workers: processes that decode. Several training processes take every n-th image each, and
+    their counts are added up.
     """
     assert not model.training, "call model.eval() first"
     several = dist.is_initialized()
@@ -94,7 +93,7 @@ def evaluate(model, data, split, base, window, device, stride=None, batch=8,
     matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     for image, label in progress(loader, desc=desc, unit="images", disable=rank > 0, leave=False):
         label = label.to(device)
-        prediction = predict(model, image.to(device), label.shape, window, stride, batch)
+        prediction = predict(model, image.to(device), label.shape, window)
         matrix += confusion_matrix(prediction, label, classes)
     if several:
         dist.all_reduce(matrix)
@@ -102,36 +101,38 @@ def evaluate(model, data, split, base, window, device, stride=None, batch=8,
 
 
 @torch.no_grad()
-def predict(model, image, size, window=None, stride=None, batch=8):
+def predict(model, image, size, window=None):
     """Class map (H,W) int64 at `size` of one uint8 image (3,h,w).
 
-    A square with sides of `window` pixels slides over the image in steps of at most `stride`
-    pixels, by default two thirds of it. Logits are averaged where windows overlap, then resized
-    bilinearly to `size`. window=None: one window, as large as the image.
-    Images smaller than the window are padded with the mean colour. batch: windows at a time.
+    A square with sides of `window` pixels slides over the image in steps of at most two thirds of
+    it. Logits are averaged where windows overlap, then resized bilinearly to `size`.
+    window=None: one window, as large as the image.
+    Images smaller than the window are padded with the mean colour.
     """
     h, w = image.shape[1:]
     # networks halve an image up to five times
     height, width = (window, window) if window else (max(h, 32), max(w, 32))
     image = normalise(image[None])[0]  # the mean colour is 0 now
     image = F.pad(image, (0, max(0, width - w), 0, max(0, height - h)))
-    logits = _slide(model, image, height, width, stride, batch)[:, :h, :w]
+    logits = _slide(model, image, height, width)[:, :h, :w]
     return class_map(logits, tuple(size))
 
 
-def _slide(model, image, height, width, stride, batch):
+AT_A_TIME = 8  # windows that a network sees at once
+
+
+def _slide(model, image, height, width):
     """Logits (K,H,W) of a normalised image (3,H,W) from windows of height x width."""
     # differs: the paper's windows have 512 pixels and an overlap that is not stated. The release
     # scores one centre crop of a resized image with resized labels. Here windows overlap by a
     # third, and predictions are scored at the labels' own size.
-    tops = _window_starts(image.shape[1], height, stride)
-    lefts = _window_starts(image.shape[2], width, stride)
+    tops, lefts = map(_window_starts, image.shape[1:], (height, width))
     corners = list(itertools.product(tops, lefts))
     total, window_count = None, image.new_zeros(image.shape[1:])
-    for first in range(0, len(corners), batch):
-        chosen = corners[first:first + batch]
+    for first in range(0, len(corners), AT_A_TIME):
+        chosen = corners[first:first + AT_A_TIME]
         crops = torch.stack([image[:, y:y + height, x:x + width] for y, x in chosen])
-        for (y, x), part in zip(chosen, logits_of(model, crops)):
+        for (y, x), part in zip(chosen, logits_of(model, crops), strict=True):
             if total is None:
                 total = part.new_zeros(len(part), *image.shape[1:])
             part = F.interpolate(part[None], (height, width), mode="bilinear")[0]
@@ -140,10 +141,9 @@ def _slide(model, image, height, width, stride, batch):
     return total / window_count
 
 
-def _window_starts(side, window, stride):
+def _window_starts(side, window):
     """Where windows begin along one side. The last one lies flush with the end."""
-    stride = min(stride or 2 * window // 3, window)
-    return [*range(0, side - window, stride), side - window]
+    return [*range(0, side - window, 2 * window // 3), side - window]
 
 
 def logits_of(model, images):
@@ -174,41 +174,110 @@ def class_map(logits, size):
 
 # ---------------------------------------------------------------- comparison of runs
 
-def compare(folder, split, against=()):
-    """Text on all runs below `folder`, a part for each teacher.
+@dataclass(eq=False)
+class Row:
+    """Runs that differ in the seed alone."""
+    called: str  # the label, else the method
+    own: dict  # what may differ between the rows of a table: label, method, weights, ...
+    shared: dict  # what may not: the rest of the stage, and what was scored
+    results: dict  # seed -> what `read_scores` gives
+    name: str = ""  # with what tells it from another row of the table
 
-    A part has a table of mIoU and of gains over `ce`, paired by seed. For each name in `against`
-    follows a table of the other methods' gains minus that one's. The last table has the IoU of
-    each class.
-    Raises InputError as `read_runs` does, and for a name in `against` without a gain.
+
+def compare(folder, split, against=()):
+    """Text on all students below `folder`, a table for each teacher and set of conditions.
+
+    The table has each row's mIoU and its gain over the row `ce`, paired by seed. For each name in
+    `against` follows a table of the other rows' gains minus that one's, then the IoU of each
+    class. What is in no table is listed at the end.
+    Raises InputError for results that cannot be read, and for a name in `against` without a row.
     """
-    groups = read_runs(folder, split)
-    gains = [gains_over_ce(runs) for _, runs in groups]
-    known = sorted({name for gain in gains for name in gain})
+    rows, left_out = read_rows(folder, split)
+    if not rows:
+        raise InputError(f"{folder}: no results-{split}.json of a student below it; run train.py, "
+                         "and for test evaluate.py score FILE --split test")
+    names = {row.called for row in rows} - {"ce"}
     for name in against:
-        if name not in known:
+        if name not in names:
             raise InputError(f"--against {name}: no gain of that name below {folder}; "
-                             f"there are {', '.join(known) or 'none'}")
-    teachers = _what_differs([teacher for teacher, _ in groups])
+                             f"there are {', '.join(sorted(names)) or 'none'}")
+    tables = tables_of(rows)
+    shared = [table[0].shared for table in tables]
     parts = []
-    for teacher, (_, runs), gain in zip(teachers, groups, gains):
-        example = next(result for seeds in runs.values() for result in seeds.values())
-        head = f"{folder}: {split}, {example['step']} steps{teacher}"
-        parts.append(f"{head}\n{_overview(runs, gain)}")
-        parts += [_against(gain, name) for name in against if name in gain]
-        parts.append(_each_class(runs, example["classes"]))
+    for table in tables:
+        differing = f", {_told(table[0].shared, shared)}" if len(tables) > 1 else ""
+        for row in table:
+            twins = [other.own for other in table if other.called == row.called]
+            apart = f" ({_told(row.own, twins)})" if len(twins) > 1 else ""
+            row.name = row.called + apart
+        table.sort(key=lambda row: row.name)
+        ce = next((row for row in table if row.called == row.own["method"] == "ce"), None)
+        parts.append(f"{folder}: {split}, {table[0].shared['step']} steps{differing}\n"
+                     f"{_overview(table, ce)}")
+        for name in against:
+            parts += [_against(table, ce, other) for other in table if other.called == name]
+        parts.append(_each_class(table))
+    for row in rows:
+        if not any(row in table for table in tables):
+            seeds = ", ".join(map(str, row.results))
+            left_out.append(f"{row.called}, seed {seeds}: it differs from the first table in "
+                            f"{_told(row.shared, shared[:1])}")
+    if left_out:
+        parts.append("\n  ".join(["in no table:", *left_out]))
     return "\n\n".join(parts)
 
 
-def gains_over_ce(runs):
-    """name -> seed -> points of mIoU over `ce` on the same seed. runs: name -> seed -> result."""
-    alone, gains = runs.get("ce", {}), {}
-    for name, seeds in runs.items():
-        gain = {seed: result["miou"] - alone[seed]["miou"]
-                for seed, result in seeds.items() if seed in alone}
-        if gain and name != "ce":
-            gains[name] = gain
-    return gains
+def read_rows(folder, split):
+    """Rows of all students below `folder`, and a line for each second run of a row and seed.
+
+    Raises InputError for results that cannot be read.
+    """
+    rows, second = {}, []
+    for path in sorted(Path(folder).rglob(f"results-{split}.json")):
+        result = read_scores(path)
+        if result["method"] in (None, "teacher"):
+            continue
+        shared = result["stage"] | {key: result[key] for key in ("step", "classes", "scored")}
+        shared.pop("seed")
+        own = {key: shared.pop(key) for key in ("method", "weights", "unlabelled", "pool")}
+        own["label"] = result.get("label")
+        row = Row(own["label"] or own["method"], own, shared, {})
+        row = rows.setdefault(json.dumps([own, shared], sort_keys=True), row)
+        first = row.results.setdefault(result["seed"], result | {"folder": path.parent})
+        if first["folder"] != path.parent:
+            second.append(f"{path.parent}: {row.called} with seed {result['seed']}, "
+                          f"which is that of {first['folder']}")
+    return list(rows.values()), second
+
+
+def tables_of(rows):
+    """Lists of the rows that may stand beside each other. Rows without a partner are left out.
+
+    Those without a teacher, as `ce`, stand in every table whose other conditions are theirs.
+    """
+    tables = []
+    for row in sorted(rows, key=lambda row: not row.shared["teacher"]):
+        fitting = [table for table in tables if row.shared == table[0].shared
+                   or row.shared == table[0].shared | {"teacher": None}]
+        for table in fitting:
+            table.append(row)
+        if not fitting:
+            tables.append([row])
+    return [table for table in tables if len(table) > 1] or tables[:1]
+
+
+def _told(value, others):
+    """A value of a stage as text. Of a dict or a list, what tells it from `others`."""
+    if isinstance(value, list):
+        differing = [o for o in others if isinstance(o, list) and o != value]
+        return first_difference(differing[0], value) if differing else str(value)
+    if not isinstance(value, dict):
+        return str(value) if len(str(value)) <= 40 else f"{str(value)[:16]}..."
+    alike = [o for o in others if isinstance(o, dict) and o.keys() == value.keys()]
+    differing = [key for key in value if any(other[key] != value[key] for other in alike)]
+    # a teacher that was given has other keys than one that was trained: any of them tell
+    return ", ".join(f"{key} {_told(value[key], [other[key] for other in alike])}"
+                     for key in differing or list(value)[:4])
 
 
 # Two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom. The last one serves
@@ -217,163 +286,61 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
        2.145)
 
 
-def _mean_and_interval(gains):
-    """Mean of a list of gains and Student's 95% interval of that mean, each as text."""
+def _gain(*terms):
+    """Mean over seeds of a sum of mIoU, Student's 95% interval, number of seeds, all as text.
+
+    terms: (factor, row or None). The seeds are those that all rows have.
+    """
+    if any(row is None for _, row in terms):
+        return "-", "-", "-"
+    seeds = set.intersection(*(set(row.results) for _, row in terms))
+    gains = [sum(factor * row.results[seed]["miou"] for factor, row in terms) for seed in seeds]
     if not gains:
-        return "-", "-"
+        return "-", "-", "0"
     mean = statistics.mean(gains)
     if len(gains) == 1:
-        return f"{mean:+.2f}", "(one seed)"
+        return f"{mean:+.2f}", "(one seed)", "1"
     quantile = T95[min(len(gains) - 2, len(T95) - 1)]
     half = quantile * statistics.stdev(gains) / len(gains) ** 0.5
-    return f"{mean:+.2f}", f"[{mean - half:+.2f}, {mean + half:+.2f}]"
+    return f"{mean:+.2f}", f"[{mean - half:+.2f}, {mean + half:+.2f}]", str(len(gains))
 
 
-def _overview(runs, gains):
-    """Table of each method's mIoU and gain, with the mean over its seeds."""
-    rows = [["method", "seeds", "mIoU", "std", "gain over ce", "95% interval"]]
-    for name, seeds in runs.items():
-        values = [result["miou"] for result in seeds.values()]
+def _overview(table, ce):
+    """Table of each row's mIoU and gain, with the mean over its seeds."""
+    lines = [["method", "seeds", "mIoU", "std", f"gain over {ce.name if ce else 'ce'}",
+              "95% interval", "pairs"]]
+    for row in table:
+        values = [result["miou"] for result in row.results.values()]
         deviation = statistics.stdev(values) if len(values) > 1 else None
-        gain = _mean_and_interval(list(gains.get(name, {}).values()))
-        mean = statistics.mean(values)
-        rows.append([name, str(len(values)), formatted(mean), formatted(deviation), *gain])
-    return columns(rows)
+        gain = _gain((1, row), (-1, ce if row is not ce else None))
+        lines.append([row.name, str(len(values)), formatted(statistics.mean(values)),
+                      formatted(deviation), *gain])
+    return columns(lines)
 
 
-def _against(gains, other):
-    """Table of the gains minus that of `other`, paired by seed.
+def _against(table, ce, other):
+    """Table of the gains minus that of the row `other`, paired by seed.
 
     The paper claims more than twice the gain of other methods. So twice the gain of `other` is
-    subtracted, too.
+    subtracted, too. The difference of two gains needs no run of `ce`.
     """
-    rows = [[f"against {other}", "seeds", f"gain - 2 gain({other})", "95% interval",
-             f"gain - gain({other})", "95% interval"]]
-    for name, gain in gains.items():
-        if name == other:
-            continue
-        pairs = [(gain[seed], gains[other][seed]) for seed in gain if seed in gains[other]]
-        twice = _mean_and_interval([mine - 2 * others for mine, others in pairs])
-        once = _mean_and_interval([mine - others for mine, others in pairs])
-        rows.append([name, str(len(pairs)), *twice, *once])
-    return columns(rows)
+    lines = [[f"against {other.name}", f"gain - 2 gain({other.name})", "95% interval", "pairs",
+              f"gain - gain({other.name})", "95% interval", "pairs"]]
+    for row in table:
+        if row not in (ce, other):
+            twice = _gain((1, row), (-2, other), (1, ce))
+            lines.append([row.name, *twice, *_gain((1, row), (-1, other))])
+    return columns(lines)
 
 
-def _each_class(runs, classes):
-    """Table of the IoU of each class, the mean over the seeds in which it occurs."""
-    rows = [["IoU of each class, %", *runs]]
-    for k, name in enumerate(classes):
-        cells = []
-        for seeds in runs.values():
-            found = [r["iou"][k] for r in seeds.values() if r["iou"][k] is not None]
-            cells.append(formatted(statistics.mean(found) if found else None))
-        rows.append([name, *cells])
-    return columns(rows)
-
-
-def read_runs(folder, split):
-    """Results of all students below `folder`, a group for each teacher.
-
-    [(the teacher's identity or None, label or method -> seed -> result), ...]. Each group also
-    holds the `ce` runs. Raises InputError for results that cannot be read, for runs whose
-    conditions differ, and for one name with two methods, or with two options under one teacher.
-    """
-    students = {}
-    for path in sorted(Path(folder).rglob(f"results-{split}.json")):
-        result = read_scores(path)
-        if result["method"] not in (None, "teacher"):
-            students[path] = result
-    if not students:
-        raise InputError(f"{folder}: no results-{split}.json of a student below it; "
-                         f"run train.py, or evaluate.py --split {split}")
-    _refuse_differences({path: _conditions(result) for path, result in students.items()},
-                        "compare runs of the same conditions, and train others with another --out")
-    alone, taught = {}, {}
-    for path, result in students.items():
-        teacher = json.dumps(result["conditions"].get("teacher_identity"), sort_keys=True)
-        group = alone if result["method"] == "ce" else taught.setdefault(teacher, {})
-        group[path] = result
-    groups = taught or {"null": {}}
-    return [(json.loads(teacher), _by_name_and_seed(alone | group))
-            for teacher, group in groups.items()]
-
-
-def not_scored(folder, split):
-    """Names of the students' folders below `folder` that have no scores on `split`."""
-    lasts = sorted(path.relative_to(folder) for path in folder.rglob("last.pt"))
-    students = [last for last in lasts
-                if not any(part.startswith("teacher-") for part in last.parts)]
-    return [last.parent.name for last in students
-            if not (folder / last).with_name(f"results-{split}.json").exists()]
-
-
-def _conditions(result):
-    """What must agree in all runs of a comparison. Their teachers may differ."""
-    conditions = dict(result["conditions"])
-    conditions.pop("teacher_identity", None)
-    conditions["step"] = result["step"]
-    conditions["names of the classes"] = result["classes"]
-    conditions[f"method of {_label(result)}"] = result["method"]
-    if "labels" in result:  # present only where evaluate.py scored the run
-        conditions["labels that were scored"] = result["labels"]
-    return conditions
-
-
-def _by_name_and_seed(results):
-    """label or method -> seed -> result. results: path -> result, of one teacher and of `ce`."""
-    _refuse_differences({path: _options(result) for path, result in results.items()},
-                        "train runs of other options with another --name")
-    runs = {}
-    for path, result in results.items():
-        seeds = runs.setdefault(_label(result), {})
-        if result["seed"] in seeds:
-            raise InputError(f"{path}: a second run of {_label(result)}, seed {result['seed']}; "
-                             "keep one")
-        seeds[result["seed"]] = result
-    return runs
-
-
-def _label(result):
-    return result.get("label") or result["method"]
-
-
-def _options(result):
-    """What must agree in all runs of one name and one teacher."""
-    options = result.get("options") or {}
-    return {f"{key} of {_label(result)}": value for key, value in options.items()}
-
-
-def _refuse_differences(results, remedy):
-    """Raises InputError where a result differs from one before it in a value that both have.
-
-    results: path -> what to compare, name -> value. remedy: how to keep such runs apart.
-    """
-    seen = {}
-    for path, values in results.items():
-        differing = [name for name, value in values.items()
-                     if seen.setdefault(name, (value, path))[0] != value]
-        if differing:
-            other = seen[differing[0]][1]
-            raise InputError(f"{path}: differs from {other} in {', '.join(differing)}; {remedy}")
-
-
-def _what_differs(teachers):
-    """For each teacher, what tells it from the others. Empty if there is only one.
-
-    A teacher that was given as a file has a short identity, without steps.
-    """
-    if len(teachers) == 1:
-        return [""]
-    trained = [teacher for teacher in teachers if teacher and "steps" in teacher]
-    differing_keys = [key for key in (trained or [{}])[0]
-                      if any(teacher.get(key) != trained[0][key] for teacher in trained)]
-
-    def text(teacher):
-        if teacher not in trained:
-            return f"given, {teacher['network']}, {teacher['weights']}" if teacher else "none"
-        return ", ".join(f"{key} {teacher.get(key)}" for key in differing_keys) or "trained here"
-
-    return [f", teacher: {text(teacher)}" for teacher in teachers]
+def _each_class(table):
+    """Table of the IoU of each class, the mean over the seeds."""
+    ious = []
+    for row in table:
+        of_seeds = [result["iou"] for result in row.results.values()]
+        ious.append([None if None in values else statistics.mean(values)
+                     for values in zip(*of_seeds)])
+    return class_table([row.name for row in table], ious, table[0].shared["classes"])
 
 
 # ---------------------------------------------------------------- tables of one run
@@ -392,54 +359,69 @@ def formatted(value, form=".2f"):
     return "-" if value is None else format(value, form)
 
 
+def class_table(names, ious, classes):
+    """Text table of the IoU of each class, a column for each name. Says what the means are over."""
+    lines = [["IoU of each class, %", *names]]
+    for name, *values in zip(classes, *ious):
+        lines.append([name, *map(formatted, values)])
+    scored = sum(value is not None for value in ious[0])  # all are scored on the same labels
+    if scored == len(classes):
+        return columns(lines)
+    return (f"mIoU: mean over {scored} of {len(classes)} classes: the others have no labelled "
+            f"pixel\n\n{columns(lines)}")
+
+
 def table(rows, classes):
     """Text table of networks, each row (label, parameters, milliseconds or None, scores)."""
     head = [["", "parameters", "ms per image", "mIoU", "pixel acc."]]
     for label, count, ms, result in rows:
         head.append([label, f"{count:,}", formatted(ms, ".1f"), formatted(result["miou"]),
                      formatted(result["pixel_accuracy"])])
-    each = [["IoU of each class, %", *(label for label, *_ in rows)]]
-    for k, name in enumerate(classes):
-        each.append([name, *(formatted(result["iou"][k]) for *_, result in rows)])
-    notes = []
-    for label, *_, result in rows:
-        scored = sum(v is not None for v in result["iou"])
-        if scored < len(classes):
-            notes.append(f"{label}: mean over {scored} of {len(classes)} classes: "
-                         "the others are in neither labels nor predictions")
-    return "\n\n".join([columns(head), *notes, columns(each)])
+    ious = [result["iou"] for *_, result in rows]
+    return f"{columns(head)}\n\n{class_table([label for label, *_ in rows], ious, classes)}"
 
 
 def report(folder, entries, data, base, window, device):
     """Draw comparison.png and curves.png into `folder`, then print the table of networks.
 
     entries: label -> (network, its scores on val, its log.csv or None).
+    The networks are finished: a picture or a log that fails costs a NOTE.
     """
-    folder.mkdir(parents=True, exist_ok=True)  # a teacher that was given has none yet
-    networks = {label: network for label, (network, _, _) in entries.items()}
-    comparison(data, "val", base, window, networks, device).save(folder / "comparison.png")
-    curves = {label: _curve(log) for label, (_, _, log) in entries.items() if log}
-    curves = {label: points for label, points in curves.items() if points}
-    if curves:
-        chart(curves, "step", "val mIoU, %").save(folder / "curves.png")
-
+    networks, curves, rows = {}, {}, []
     image = torch.randn(1, 3, window, window, device=device)
-    rows = []
-    for label, (network, result, _) in entries.items():
+    for label, (network, result, log) in entries.items():
+        networks[label] = network
         ms = milliseconds(partial(logits_of, network), image)
         rows.append((label, count_parameters(network), ms, result))
+        if log and (measured := read_log(log, ["step", "val_miou"])):
+            curves[label] = [tuple(row.values()) for row in measured]
+    drawn = {"comparison.png": partial(comparison, data, "val", base, window, networks, device)}
+    if curves:
+        drawn["curves.png"] = partial(chart, curves, "step", "val mIoU, %")
+    for name, draw in drawn.items():
+        try:
+            save_picture(draw(), folder / name)
+        except (InputError, OSError) as e:
+            print(f"NOTE: {e}")
     print("\n" + table(rows, data.classes))
     _report_gains({label: result["miou"] for label, (_, result, _) in entries.items()})
     print(f"\nrun folder: {folder}; look at comparison.png and curves.png in it")
 
 
-def _curve(log):
-    """[(step, mIoU on val), ...] of a log.csv."""
-    with open(log, newline="") as f:
-        reader = csv.DictReader(f)
-        if "val_miou" not in (reader.fieldnames or ()):
-            raise InputError(f"{log}: has no column val_miou; restore it, or move it away")
-        return [(int(row["step"]), float(row["val_miou"])) for row in reader if row["val_miou"]]
+def read_log(path, wanted):
+    """Rows of a log.csv, column -> number, those that have all columns of `wanted`.
+
+    A file that is missing or holds something else costs a NOTE, and there are no rows.
+    """
+    try:
+        with open(path, newline="") as f:
+            head, *rows = csv.reader(f)
+        places = [head.index(name) for name in wanted]
+        rows = [[row[place] for place in places] for row in rows]
+        return [dict(zip(wanted, map(float, row))) for row in rows if all(row)]
+    except (OSError, ValueError, IndexError, csv.Error):
+        print(f"NOTE: {path}: missing or not readable, so nothing of it is shown")
+        return []
 
 
 def _report_gains(miou):
@@ -466,42 +448,27 @@ def milliseconds(function, image):
     return min(times)
 
 
-# Cosine of a term's gradient with that of cross-entropy, below which the term gets a warning.
-# Over five batches the cosines of unrelated gradients were measured between -0.15 and 0.15.
-WARN_COSINE = -0.2
-SMALL_SHARE = 0.05  # a term with less of the gradient than this gets no warning
-
-
 def report_terms(folder, weights):
-    """Print the terms at each measured step of `folder`'s log.csv. weights: term -> weight.
+    """Print the table of the terms of `folder`'s log.csv. weights: term -> weight.
 
     gradient: norm of the weighted term's gradient in the student's encoder.
-    share: its part of the sum of these norms.
-    cosine: between the term's gradient and that of cross-entropy.
+    share: its part of the sum of these norms. One batch alone is too noisy: both are means over
+    all validations but that of step 0.
     """
-    with open(folder / "log.csv", newline="") as f:
-        for row in csv.DictReader(f):
-            if all(row.get(f"cos_{term}") for term in weights):
-                print("\n" + _terms_at(row, weights))
-
-
-def _terms_at(row, weights):
-    """Table of the terms at one row of log.csv, and a warning for each that pulls against ce."""
-    value = {column: float(text) for column, text in row.items() if text}
-    gradient = {term: abs(weight) * value[f"grad_{term}"] for term, weight in weights.items()}
-    total = sum(gradient.values()) or 1
-    lines = [[f"terms at step {row['step']}", "raw", "weight", "weighted", "gradient", "share",
-              "cosine with cross-entropy"]]
-    warnings = []
+    wanted = ["step", *(f"raw_{term}" for term in weights), *(f"grad_{term}" for term in weights)]
+    rows = [row for row in read_log(folder / "log.csv", wanted) if row["step"]]
+    if not rows:
+        return
+    norms = {term: [abs(weight) * row[f"grad_{term}"] for row in rows]
+             for term, weight in weights.items()}
+    totals = [sum(of_row) or 1 for of_row in zip(*norms.values())]
+    lines = [["term", "raw (last)", "weight", "weighted (last)", "gradient (mean)", "share (mean)"]]
     for term, weight in weights.items():
-        share, cosine = gradient[term] / total, value[f"cos_{term}"]
-        lines.append([f"  {term}", f"{value[f'raw_{term}']:.4g}", f"{weight:g}",
-                      f"{value[f'weighted_{term}']:.4g}", f"{gradient[term]:.4g}",
-                      f"{share:.0%}", f"{cosine:.2f}"])
-        if cosine < WARN_COSINE and share > SMALL_SHARE:
-            warnings.append(f"WARNING: {term} pulls against cross-entropy with {share:.0%} of the "
-                            f"gradient (cosine {cosine:.2f}); give it a smaller weight")
-    return "\n".join([columns(lines), *warnings])
+        raw = rows[-1][f"raw_{term}"]
+        share = statistics.mean(norm / total for norm, total in zip(norms[term], totals))
+        lines.append([term, f"{raw:.4g}", f"{weight:g}", f"{weight * raw:.4g}",
+                      f"{statistics.mean(norms[term]):.4g}", f"{share:.0%}"])
+    print("\n" + columns(lines))
 
 
 # ---------------------------------------------------------------- export
@@ -519,40 +486,6 @@ class Deployed(torch.nn.Module):
     def forward(self, images):
         logits = self.model(normalise(images)).logits
         return F.interpolate(logits, images.shape[2:], mode="bilinear")
-
-
-def export(model, classes, path):
-    """Write the network for deployment, in the format of `path`'s ending, with classes.json in it.
-
-    Returns the largest difference between what the file computes and what the network does.
-    Raises InputError for another ending, missing packages, or an existing file that this program
-    did not write.
-    """
-    if path.suffix not in EXPORTS:
-        raise InputError(f"--export {path}: give it the ending {' or '.join(EXPORTS)}")
-    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
-    if path.suffix == ".onnx" and missing:
-        raise InputError(f"--export {path}: pip install {' '.join(missing)} first")
-    refuse_foreign(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"classes.json": json.dumps(classes), "software": SIGNATURE}
-    deployed = Deployed(model).eval()
-    exported = EXPORTS[path.suffix](export_program(deployed), about, path)
-    differences = []
-    for batch, height, width in ((1, 64, 64), (2, 70, 90)):
-        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
-        with torch.no_grad():
-            differences.append((exported(images) - deployed(images)).abs().max().item())
-    return max(differences)
-
-
-def export_program(deployed):
-    """The torch.export program of a Deployed network, for any batch, height and width."""
-    anything = torch.export.Dim.DYNAMIC
-    # The sides differ at every scale: torch.export would merge equal ones into one symbol.
-    example = torch.zeros(2, 3, 160, 192, dtype=torch.uint8)
-    shapes = ({0: anything, 2: anything, 3: anything},)
-    return torch.export.export(deployed, (example,), dynamic_shapes=shapes)
 
 
 def write_pt2(program, about, path):
@@ -578,7 +511,7 @@ def write_onnx(program, about, path):
 EXPORTS = {".pt2": write_pt2, ".onnx": write_onnx}
 
 
-# ---------------------------------------------------------------- checkpoints, results, own files
+# ---------------------------------------------------------------- checkpoints and results
 
 def load_network(path, device="cpu"):
     """The network of a checkpoint written by train.py, in eval mode, and the checkpoint's dict.
@@ -586,7 +519,7 @@ def load_network(path, device="cpu"):
     Raises InputError for files that are not such checkpoints or whose tensors do not fit.
     """
     state = load_checkpoint(path, ("module", "name", "classes", "palette", "base", "window",
-                                   "dataset", "step"))
+                                   "dataset", "step", "stage"))
     name, weights = state["name"], state["module"]
     if name in VARIANTS:
         model = Student(name, len(state["classes"]))
@@ -604,8 +537,8 @@ def load_network(path, device="cpu"):
     return model.to(device, memory_format=layout).eval(), state
 
 
-# Keys copied from last.pt.
-RESULT_KEYS = ("label", "method", "seed", "conditions", "options", "classes", "step")
+# Keys copied from last.pt. scored: labels_digest of the split.
+RESULT_KEYS = ("label", "method", "seed", "stage", "classes", "step", "scored")
 
 
 def write_scores(folder, split, result, state):
@@ -616,50 +549,30 @@ def write_scores(folder, split, result, state):
 
 def read_scores(path):
     """What `write_scores` wrote. Raises InputError where it cannot be read."""
-    needed = {"miou", "iou", "pixel_accuracy", *RESULT_KEYS} - {"options", "label"}
+    needed = {"miou", "iou", "pixel_accuracy", *RESULT_KEYS} - {"label"}
     try:
         result = json.loads(path.read_text())
         complete = result.keys() >= needed
     except (OSError, ValueError, AttributeError):
         complete = False
     if not complete:
-        raise InputError(f"{path}: missing or not readable; "
-                         "run evaluate.py on the last.pt beside it")
+        raise InputError(f"{path}: missing or not readable; move it away, then train.py writes it "
+                         "again for val, evaluate.py score for test")
     return result
 
 
-# Marker in files that this program wrote.
-SIGNATURE = "C2VKD evaluate.py"
-
-
-def refuse_foreign(path):
-    """Raises InputError before something is written over a file that this program did not write."""
-    if path.exists() and SIGNATURE.encode() not in path.read_bytes():
-        raise InputError(f"{path}: is there and was not written by this command; "
-                         "move it away or choose another name")
-
-
 def save_picture(picture, path):
-    """Write a PIL picture as a signed PNG."""
-    about, content = PngInfo(), io.BytesIO()
-    about.add_text("Software", SIGNATURE)
-    picture.save(content, "png", pnginfo=about)
+    """Write a PIL picture as PNG. Raises InputError where that fails."""
+    content = io.BytesIO()
+    picture.save(content, "png")
     write_atomically(path, content.getvalue())
 
 
 # ---------------------------------------------------------------- pictures
 
-# A method has one colour in all figures. The colour-blind can tell these apart, too.
-COLOURS = {"teacher": "black", "alone": "#0072b2", "ce": "#0072b2", "c2vkd": "#d55e00",
-           "fitnet": "#009e73", "dist": "#cc79a7", "kd": "#e69f00", "dkd": "#56b4e9"}
-SPARE = ("#7f7f7f", "#8c564b", "#9467bd", "#bcbd22", "#17becf")
+# The colour-blind can tell these apart, too.
+COLOURS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 FONT = ImageFont.load_default(size=18)
-
-
-def colours_of(labels):
-    """A colour for each label of a figure: its method's, or a spare one for other names."""
-    spare = itertools.cycle(SPARE)
-    return [COLOURS.get(label.removeprefix("student ")) or next(spare) for label in labels]
 
 
 def paint(classes, palette):
@@ -695,15 +608,17 @@ def overlay(image, prediction, classes, palette):
     return Image.fromarray(np.vstack([Image.blend(image, paint(prediction, palette), 0.7), below]))
 
 
-def comparison(data, split, base, window, models, device, images=3):
-    """Picture (PIL) of predictions beside labels.
+def comparison(data, split, base, window, models, device):
+    """Picture (PIL) of predictions beside labels, with a row for each of three images of the split.
 
-    It has a row for each of `images` evenly spaced images of the split, and a legend. The columns
-    are image, label, and one for each network. models: name -> network in eval mode, or None.
+    The columns are image, label, and one for each network.
+    models: name -> network in eval mode, or None.
     """
     models = {name: model for name, model in models.items() if model is not None}
     rows, present = [], set()
-    for index in evenly_spaced(len(data.pairs[split]), images):
+    total = len(data.pairs[split])
+    # evenly spaced, because neighbours often show the same scene
+    for index in sorted({i * total // 3 for i in range(3)}):
         image, label = EvalImages(data, split, base, [index])[0]
         maps = [label]
         for model in models.values():
@@ -711,54 +626,42 @@ def comparison(data, split, base, window, models, device, images=3):
         present.update(*(m.unique().tolist() for m in maps))
         photo = Image.fromarray(image.permute(1, 2, 0).numpy())
         rows.append([photo, *(paint(m, data.palette) for m in maps)])
+
     width = min(max(256, *(row[0].width for row in rows)), 512)
-    titles = np.hstack([_title(name, width) for name in ("image", "label", *models)])
-    sheet = np.vstack([titles, *(_tiles(row, width) for row in rows)])
-    below = legend(present, data.classes, data.palette, sheet.shape[1])
-    return Image.fromarray(np.vstack([sheet, below]))
-
-
-def _title(name, width):
-    sheet = Image.new("RGB", (width + 6, width // 8), "white")
+    titles = Image.new("RGB", ((2 + len(models)) * (width + 6), width // 8), "white")
     font = ImageFont.load_default(size=width // 12)
-    ImageDraw.Draw(sheet).text((4, width // 16), name, "black", font, anchor="lm")
-    return sheet
+    for i, name in enumerate(("image", "label", *models)):
+        place = 4 + i * (width + 6), width // 16
+        ImageDraw.Draw(titles).text(place, name, "black", font, anchor="lm")
+    strips = [titles]
+    for row in rows:
+        size = width, round(width * row[0].height / row[0].width)
+        tiles = [picture.resize(size, Image.Resampling.NEAREST) for picture in row]
+        strips.append(np.hstack([ImageOps.expand(tile, 3, "white") for tile in tiles]))
+    strips.append(legend(present, data.classes, data.palette, titles.width))
+    return Image.fromarray(np.vstack(strips))
 
 
-def _tiles(row, width):
-    """Pictures beside each other, each `width` wide and as high as the first one needs."""
-    size = width, round(width * row[0].height / row[0].width)
-    tiles = [picture.resize(size, Image.Resampling.NEAREST) for picture in row]
-    return np.hstack([ImageOps.expand(tile, 3, "white") for tile in tiles])
-
-
-def chart(curves, xlabel, ylabel, width=800, height=480):
+def chart(curves, xlabel, ylabel):
     """Line chart (PIL) of curves: name -> [(x, y), ...], each with at least one point."""
-    points = list(itertools.chain(*curves.values()))
-    xs, ys = (_ticks(min(values), max(values)) for values in zip(*points))
-    left, right, top, bottom = 60, width - 30, 70, height - 60
-
-    def across(x):
-        return left + (right - left) * (x - xs[0]) / (xs[-1] - xs[0])
-
-    def down(y):
-        return bottom - (bottom - top) * (y - ys[0]) / (ys[-1] - ys[0])
-
-    sheet = Image.new("RGB", (width, height), "white")
+    xs, ys = zip(*itertools.chain(*curves.values()))
+    width, height = max(xs) - min(xs) or 1, max(ys) - min(ys) or 1
+    sheet = Image.new("RGB", (800, 480), "white")
     draw = ImageDraw.Draw(sheet)
     text = partial(draw.text, fill="black", font=FONT)
-    for x in xs:
-        draw.line((across(x), top, across(x), bottom), fill="lightgrey")
-        text((across(x), bottom + 6), f"{x:g}", anchor="ma")
-    for y in ys:
-        draw.line((left, down(y), right, down(y)), fill="lightgrey")
-        text((left - 8, down(y)), f"{y:g}", anchor="rm")
-    text((right, height - 6), xlabel, anchor="rd")
+    left, right, top, bottom = 60, 770, 70, 420
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        x, y = left + (right - left) * part, bottom - (bottom - top) * part
+        draw.line((x, top, x, bottom), fill="lightgrey")
+        draw.line((left, y, right, y), fill="lightgrey")
+        text((x, bottom + 6), f"{round(min(xs) + width * part, 1):g}", anchor="ma")
+        text((left - 8, y), f"{round(min(ys) + height * part, 1):g}", anchor="rm")
+    text((right, 474), xlabel, anchor="rd")
     text((8, top - 12), ylabel, anchor="ld")
-
     key = left  # where the next name in the line above the chart begins
-    for (name, curve), colour in zip(curves.items(), colours_of(curves)):
-        dots = [(across(x), down(y)) for x, y in curve]
+    for (name, curve), colour in zip(curves.items(), itertools.cycle(COLOURS)):
+        dots = [(left + (right - left) * (x - min(xs)) / width,
+                 bottom - (bottom - top) * (y - min(ys)) / height) for x, y in curve]
         draw.line(dots, fill=colour, width=3)
         for x, y in dots:
             draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour)
@@ -768,158 +671,134 @@ def chart(curves, xlabel, ylabel, width=800, height=480):
     return sheet
 
 
-def _ticks(low, high):
-    """Three to six round numbers at equal distances that enclose low..high."""
-    high = high if high > low else low + 1
-    power = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 4)
-    return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-# ---------------------------------------------------------------- the command line
+# ---------------------------------------------------------------- four commands
 
 def _score(args):
-    """What --checkpoint does alone: print the scores on a split, and keep them for --compare."""
-    device = _device(args.device)
-    model, state = load_network(args.checkpoint, device)
-    windows, split = _window_options(args, state), args.split or "val"
-    workers = default_workers(device.type == "cuda") if args.workers is None else args.workers
-    data = open_dataset(args.dataset or state["dataset"], args.data or state.get("data"))
-    if data.classes != state["classes"]:
-        raise InputError(f"{args.checkpoint}: trained on {len(state['classes'])} classes that are "
-                         "not those of the data; give its own --data")
+    """Print the scores on a split. Those of test are kept for `compare`; train.py keeps val's."""
+    path, split = Path(args.checkpoint), args.split
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, state = load_network(path, device)
+    stage = state["stage"]
+    data = open_dataset(state["dataset"], args.data or state.get("data"))
+    if difference := first_difference(state["classes"], data.classes):
+        raise InputError(f"{path}: its classes are not those of the data: {difference}; "
+                         "give its own --data")
     if not data.pairs.get(split):
         raise InputError(f"the data has no {split} split; choose another --split")
-    picture = args.pictures and Path(args.pictures) / f"{split}-comparison.png"
-    if picture:
-        refuse_foreign(picture)
-        picture.parent.mkdir(parents=True, exist_ok=True)
+    if size_of_pictures(data) != state.get("picture_bytes"):
+        print("NOTE: the pictures have another size in bytes than in training: some have changed")
 
-    matrix = evaluate(model, data, split, state["base"], device=device, workers=workers, **windows)
+    window = None if args.whole else state["window"]
+    # labels count by their bytes, wherever they lie
+    same_labels = labels_digest(data, "train", "val") == stage.get("labels")
+    reasons = {"other data than the run's own, by the labels of train and val": not same_labels,
+               "--whole, but training validates with windows": args.whole,
+               "the file is not the last.pt of its folder": path.name != "last.pt",
+               "its training is not finished": state["step"] != stage.get("steps")}
+    why = [reason for reason, holds in reasons.items() if holds]
+    matrix = evaluate(model, data, split, state["base"], window, device,
+                      workers=default_workers(device.type == "cuda"))
     result = scores(matrix.cpu())
-    print(table([(state["name"], count_parameters(model), None, result)], data.classes))
-    if why := _why_not_kept(args, state, data, split, windows):
-        print(f"not kept for --compare: {why}")
-    else:
-        # scan_labels leaves the split called test out of its digest, so call it val here.
-        scored = replace(data, pairs={"val": data.pairs[split]})
-        result["labels"] = scan_labels(scored).digest
-        write_scores(Path(args.checkpoint).parent, split, result, state)
-    if picture:
-        networks = {state["name"]: model}
-        sheet = comparison(data, split, state["base"], state["window"], networks, device, images=8)
-        save_picture(sheet, picture)
-        print(f"pictures: {picture}")
+    try:  # first the file, because whoever reads the table may close the pipe
+        if split == "test" and not why:
+            scored = {"scored": labels_digest(data, split)}
+            write_scores(path.parent, split, result, state | scored)
+    finally:
+        print(table([(state["name"], count_parameters(model), None, result)], data.classes))
+    if why:
+        print(f"not kept for compare: {'; '.join(why)}")
 
 
-def _why_not_kept(args, state, data, split, windows):
-    """Why a score cannot stand beside those of other runs in `compare`. Empty if it can."""
-    own = data_folder(state["dataset"], state.get("data"))
-    scored = data_folder(data.name, args.data or state.get("data"))
-    if data.name != state["dataset"] or scored.resolve() != own.resolve():
-        return "other data than the run's own"
-    if args.whole:
-        return "--whole, but training validates with windows"
-    if windows["window"] != state["window"] or args.stride:
-        return "another window or --stride than in training"
-    if Path(args.checkpoint).name != "last.pt":
-        return "the file is not the last.pt of its folder"
-    trained = state.get("stage", {}).get("labels")
-    if trained and split != "test" and scan_labels(data).digest != trained:
-        return "the labels have changed since training"
-    return ""
+def _draw(args):
+    """Write overlays or masks of pictures, which need no labels.
 
-
-def _label_pictures(args):
-    """What --image does: overlays or masks of pictures, which need no labels."""
-    device = _device(args.device)
+    Nothing that exists is overwritten. What could not be done is named at the end.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, state = load_network(args.checkpoint, device)
-    windows = _window_options(args, state)
-    files = _pictures_of(args.image)
-    out, kind = Path(args.pictures or "pictures"), "mask" if args.masks else "overlay"
-    if out.resolve() in {path.resolve().parent for path in files}:
-        raise InputError(f"{out}: holds the pictures themselves; give another --pictures")
-    targets = {path: out / f"{path.stem}-{kind}.png" for path in files}
-    if len(set(targets.values())) < len(files):
-        raise InputError("two --image files have the same name before the ending; "
-                         "run them separately")
-    for target in targets.values():
-        refuse_foreign(target)
-    out.mkdir(parents=True, exist_ok=True)
-    for path, target in progress(targets.items(), desc=f"{kind}s to {out}", unit="images"):
-        image = read_image(path)
-        small = np.array(resize_short_side(image, state["base"]))
-        small = torch.from_numpy(small).permute(2, 0, 1).to(device)
-        prediction = predict(model, small, image.size[::-1], **windows).cpu()
-        if args.masks:
-            picture = Image.fromarray(prediction.numpy().astype(np.uint8))
-        else:
-            picture = overlay(image, prediction, state["classes"], state["palette"])
-        save_picture(picture, target)
-    print(f"{len(files)} pictures, {files[0].name} to {files[-1].name}: their {kind}s are in {out}")
-
-
-def _pictures_of(paths):
-    """The picture files that --image names, those of its folders among them."""
+    window = None if args.whole else state["window"]
     files = []
-    for path in map(Path, paths):
+    for path in map(Path, args.pictures):
         files += pictures(path) if path.is_dir() else [path]
     if not files:
-        raise InputError(f"{paths[0]}: no picture in it; give another --image")
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; give another --image")
-    return files
+        raise InputError(f"{args.pictures[0]}: no picture in it; give another")
+    out, kind = Path(args.out), "mask" if args.masks else "overlay"
+    if out.resolve() in {path.resolve().parent for path in files}:
+        raise InputError(f"{out}: holds the pictures themselves; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    left_out = []
+    for path in progress(files, desc=f"{kind}s to {out}", unit="images"):
+        target = out / f"{path.stem}-{kind}.png"
+        try:
+            if os.path.lexists(target):
+                raise InputError(f"{target}: is there already; move it away or give another --out")
+            image = read_image(path)
+            small = np.array(resize_short_side(image, state["base"]))
+            small = torch.from_numpy(small).permute(2, 0, 1).to(device)
+            prediction = predict(model, small, image.size[::-1], window).cpu()
+            if args.masks:
+                picture = Image.fromarray(prediction.numpy().astype(np.uint8))
+            else:
+                picture = overlay(image, prediction, state["classes"], state["palette"])
+            save_picture(picture, target)
+        except InputError as e:
+            left_out.append(str(e))
+    done = len(files) - len(left_out)
+    print(f"{done} pictures, {files[0].name} to {files[-1].name}: their {kind}s are in {out}")
+    if left_out:
+        raise InputError(f"{len(left_out)} of {len(files)} left out: {' | '.join(left_out)}")
 
 
 def _export(args):
-    """What --export does."""
-    path = Path(args.export)
+    """Write the network for deployment, and print its size, its error and its time."""
+    path = Path(args.file)
+    if path.suffix not in EXPORTS:
+        raise InputError(f"{path}: give it the ending {' or '.join(EXPORTS)}")
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if path.suffix == ".onnx" and missing:
+        raise InputError(f"{path}: pip install {' '.join(missing)} first")
+    if os.path.lexists(path):
+        raise InputError(f"{path}: is there already; move it away or choose another name")
     model, state = load_network(args.checkpoint)
-    difference = export(model, state["classes"], path)
+    deployed = Deployed(model).eval()
+    # The sides differ at every scale: torch.export would merge equal ones into one symbol.
+    example = torch.zeros(2, 3, 160, 192, dtype=torch.uint8)
+    anything = torch.export.Dim.DYNAMIC
+    program = torch.export.export(deployed, (example,),
+                                  dynamic_shapes=({0: anything, 2: anything, 3: anything},))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"classes.json": json.dumps(state["classes"])}
+    exported = EXPORTS[path.suffix](program, about, path)
+    differences = []
+    for batch, height, width in ((1, 64, 64), (2, 70, 90)):
+        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+        with torch.no_grad():
+            differences.append((exported(images) - deployed(images)).abs().max().item())
     side = state["base"]
-    ms = milliseconds(Deployed(model), torch.zeros(1, 3, side, side, dtype=torch.uint8))
+    ms = milliseconds(deployed, torch.zeros(1, 3, side, side, dtype=torch.uint8))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, "
-          f"largest difference to the original {difference:.1e}")
+          f"largest difference to the original {max(differences):.1e}")
     print(f"{state['name']}: {count_parameters(model):,} parameters, "
           f"{ms:.0f} ms for one {side}x{side} image on this CPU")
     print(f"give it uint8 RGB pictures whose short side is near {side} pixels, as in training")
 
 
 def _compare(args):
-    """What --compare does."""
-    split = args.split or "val"
-    print(compare(args.compare, split, args.against or ()))
-    if missing := not_scored(Path(args.compare), split):
-        print(f"\nNOTE: no {split} scores of {', '.join(missing)}: finish them, or score them with "
-              f"evaluate.py --checkpoint FOLDER/last.pt --split {split}")
-
-
-def _window_options(args, state):
-    """How windows slide, as keyword arguments of `predict` and `evaluate`."""
-    if args.whole and (args.window or args.stride):
-        raise InputError("--whole: takes no windows; leave out --window and --stride")
-    window = None if args.whole else args.window or state["window"]
-    return dict(window=window, stride=args.stride, batch=args.batch_size or 8)
-
-
-def _device(name):
-    """The torch.device of --device. Raises InputError for one that this machine lacks."""
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        device = torch.device(name or ("cuda" if cards else "cpu"))
-    except RuntimeError:
-        raise InputError(f"--device {name}: no name of a device; use cuda or cpu") from None
-    if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < cards):
-        raise InputError(f"--device {name}: no such device found; use --device cpu")
-    return device
+    """Print `compare`, and name the students without scores on the split."""
+    folder, split = Path(args.folder), args.split
+    print(compare(folder, split, args.against))
+    missing = []
+    for last in sorted(folder.rglob("last.pt")):
+        of_teacher = any(part.startswith("teacher-") for part in last.relative_to(folder).parts)
+        if not of_teacher and not last.with_name(f"results-{split}.json").exists():
+            missing.append(last.parent.name)
+    if missing:
+        print(f"\nNOTE: no {split} scores of {', '.join(missing)}: finish them, and for test "
+              "score them with evaluate.py score FOLDER/last.pt --split test")
 
 
 def default_workers(gpus):
-    """Loader processes per GPU: its share of the cores, at most 16.
-
-    0 without a GPU, where the network itself keeps the cores busy.
-    """
+    """Loader processes per GPU: its share of the cores, at most 16. On a CPU 0: it is busy."""
     # Linux tells which cores this process may use, and torch warns about more loaders than these
     usable = getattr(os, "sched_getaffinity", None)
     cores = len(usable(0)) if usable else os.cpu_count()
@@ -927,64 +806,32 @@ def default_workers(gpus):
     return min(16, cores // processes) if gpus else 0
 
 
-PREDICT_OPTIONS = {"window", "stride", "whole", "batch_size", "device"}
-# What can be done, and the options that each reads. The first one given decides.
-ACTIONS = {
-    "compare": (_compare, {"against", "split"}),
-    "export": (_export, {"checkpoint"}),
-    "image": (_label_pictures, {"checkpoint", "masks", "pictures"} | PREDICT_OPTIONS),
-    "checkpoint": (_score, {"dataset", "data", "split", "pictures", "workers"} | PREDICT_OPTIONS),
-}
-
-
-def _choose(args):
-    """The function that does what the options ask for.
-
-    Raises InputError for options that it would ignore.
-    """
-    given = [name for name, value in vars(args).items() if value not in (None, False)]
-    action = next((name for name in ACTIONS if name in given), None)
-    if action is None or action != "compare" and "checkpoint" not in given:
-        raise InputError("--checkpoint FILE or --compare DIR is needed")
-    function, reads = ACTIONS[action]
-    for name in given:
-        if name != action and name not in reads:
-            actions = [f"--{other}" for other, (_, options) in ACTIONS.items() if name in options]
-            remedy = f"it goes with {' or '.join(actions)}" if actions else "run them one by one"
-            raise InputError(f"--{name.replace('_', '-')}: has no effect with --{action}; {remedy}")
-    return function
-
-
 def main():
-    parser = Parser(description="Evaluate, apply, export or compare trained networks.")
-    add = parser.add_argument_group("what to do").add_argument
-    add("--checkpoint", metavar="FILE", help="a last.pt: print its mIoU")
-    add("--image", nargs="+", metavar="PATH", help="pictures or folders to colour instead")
-    add("--masks", action="store_true", help="masks of class indices instead of overlays")
-    add("--export", metavar="FILE",
-        help="write the bare network instead: .pt2 (torch.export) or .onnx")
-    add("--compare", metavar="DIR", help="gains of the runs below it (no checkpoint needed)")
-    add("--against", nargs="+", metavar="NAME", help="also the gains minus those of these runs")
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, help="default: the checkpoint's")
-    add("--data", metavar="DIR", help="its folder; default: the checkpoint's")
-    add("--split", choices=("train", "val", "test"), help="images to score (default val)")
-    add = parser.add_argument_group("how").add_argument
-    add("--window", type=at_least(32), metavar="PIXELS",
-        help="side of the sliding window; default: the training crop")
-    add("--stride", type=at_least(1), metavar="PIXELS",
-        help="its step; default: 2/3 of the window")
-    add("--whole", action="store_true", help="whole images instead of windows")
-    add("--batch-size", type=at_least(1), metavar="N", help="windows at a time (default 8)")
-    add("--workers", type=at_least(0), metavar="N", help="processes that decode images "
-        "(default: the cores, at most 16, with a GPU, else 0)")
-    add("--pictures", metavar="DIR", help="where pictures go")
-    add("--device", help="cuda or cpu (default: cuda if there is one)")
+    parser = Parser(description="Score, apply, export or compare trained networks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    score = commands.add_parser("score", help="mIoU and the IoU of each class")
+    draw = commands.add_parser("draw", help="overlays of pictures, or masks")
+    export = commands.add_parser("export", help="the bare network, with classes.json in it")
+    gains = commands.add_parser("compare", help="gains of the runs below a folder")
+    for one in (score, draw, export):
+        one.add_argument("checkpoint", metavar="CHECKPOINT", help="a last.pt")
+    for one in (score, draw):
+        one.add_argument("--whole", action="store_true", help="whole images instead of windows")
+    score.add_argument("--split", choices=("train", "val", "test"), default="val")
+    score.add_argument("--data", metavar="DIR", help="default: the checkpoint's")
+    draw.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures, folders of them")
+    draw.add_argument("--masks", action="store_true", help="class indices instead of overlays")
+    draw.add_argument("--out", metavar="DIR", default="pictures", help="default: pictures")
+    export.add_argument("file", metavar="FILE", help="ends in .pt2 (torch.export) or .onnx")
+    gains.add_argument("folder", metavar="DIR")
+    gains.add_argument("--split", choices=("val", "test"), default="val")
+    gains.add_argument("--against", nargs="+", metavar="NAME", default=(),
+                       help="also the gains minus those of these runs")
     args = parser.parse_args()
     # On Hopper cards torch prefers cuDNN's attention. It plans anew for every shape, 0.4 s each,
     # and has been reported to give NaN for a single query.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    _choose(args)(args)
+    {"score": _score, "draw": _draw, "export": _export, "compare": _compare}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -228,8 +228,8 @@ class Decoder(nn.Module):
 class Student(nn.Module):
     """(B,3,H,W) -> Outputs, with the student's logits, its feature and the map before_classifier.
 
-    The logits z^S have shape (B,K,h_1,w_1), the feature F^S (B,C_S,h_4,w_4) and the map before the
-    classifier (B,D,h_1,w_1). variant: a row of VARIANTS.
+    The logits z^S have shape (B,K,h_1,w_1), the feature F^S (B,C_S,h_4,w_4), the earlier maps F^S_i
+    (B,C_i,h_i,w_i) and the map before the classifier (B,D,h_1,w_1). variant: a row of VARIANTS.
     """
 
     def __init__(self, variant, classes):
@@ -248,48 +248,55 @@ class Student(nn.Module):
 
 
 class StudentWithHeads(nn.Module):
-    """What is trained: the student and two heads that the losses need and nobody deploys.
+    """What is trained: the student and the heads that the losses need and nobody deploys.
 
-    (B,3,H,W) -> the student's Outputs, with up to two more fields filled.
+    (B,3,H,W) -> the student's Outputs, with these fields filled where a head was built.
     projected: A_v(F^S) (B,C_T,h_4,w_4). A_v is a 1x1 convolution.
     embedding: e^S = A_l(F^S) (B,512). A_l is a mean over positions, then a 1x1 convolution.
-    earlier: the maps of the stages before F^S, each by an A_v of its own.
+    earlier: A_v,i(F^S_i), the maps of the stages before F^S, each by a 1x1 convolution of its own.
 
-    c_teacher: C_T, None for a student that has no teacher and no heads. earlier: channels of the
-    teacher's maps before F^T. They stand beside the student's last stages but one, in this order.
-    seed: draws the heads' weights. needs: which heads to build. Other names are ignored.
+    c_teacher: C_T, None without a teacher. seed: draws the heads. needs: see losses.Method.
+    earlier: channels of the teacher's maps before F^T. They meet the student's stages from the last
+    but one backwards, and without any F^S alone is used. ValueError for more than three.
     """
 
     def __init__(self, student, c_teacher=None, seed=0, needs=("A_v", "A_l"), earlier=()):
         super().__init__()
         self.student, self.heads = student, nn.ModuleDict()
-        if c_teacher is None:
-            return
-        # a separate random state, so that the student's own draws do not depend on the heads
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # so that the student's draws do not depend on it
             torch.manual_seed(seed)
-            A_v = nn.Conv2d(student.channels, c_teacher, 1, bias=False)
-            # differs: the paper states no A_l. The release has P itself in one file, and a mean and
-            # a 1x1 convolution in another. Here it is the latter, and it is trained
-            A_l = nn.Conv2d(student.channels, 512, 1, bias=False)
-            # both are drawn even if only one is needed: A_v then starts equal in all methods
-            heads = nn.ModuleDict({"A_v": A_v, "A_l": A_l}).apply(initialise_layer)
-            dims = student.dims[-1 - len(earlier):-1]
-            heads["earlier"] = nn.ModuleList(nn.Conv2d(c_S, c_T, 1, bias=False)
-                                             for c_S, c_T in zip(dims, earlier))
-            heads["earlier"].apply(initialise_layer)
+            if c_teacher is not None:
+                self.build_heads(c_teacher, needs, earlier)
+            for build in filter(callable, needs):
+                self.heads["own"] = build(student, c_teacher)
+
+    def build_heads(self, c_teacher, needs, earlier):
+        A_v = nn.Conv2d(self.student.channels, c_teacher, 1, bias=False)
+        # differs: the paper states no A_l. The release has P itself in one file, and a mean and a
+        # 1x1 convolution in another. Here it is the latter, and it is trained
+        A_l = nn.Conv2d(self.student.channels, 512, 1, bias=False)
+        # both are drawn even if only one is needed: A_v then starts equal in all methods
+        heads = nn.ModuleDict({"A_v": A_v, "A_l": A_l}).apply(initialise_layer)
+        dims = self.student.dims[-1 - len(earlier):-1]
+        pairs = zip(dims, earlier, strict=True)
+        # in PyTorch's start, not MiT's, in which the hint took hundreds of steps to learn anything
+        heads["earlier"] = nn.ModuleList(nn.Conv2d(c_S, c_T, 1, bias=False) for c_S, c_T in pairs)
         self.heads.update({name: head for name, head in heads.items() if name in needs})
 
     def forward(self, x):
-        S = self.student(x)
-        if "A_v" in self.heads:
-            S = S._replace(projected=self.heads["A_v"](S.feature))
-        if "A_l" in self.heads:
+        S, heads = self.student(x), self.heads
+        filled = {"earlier": ()}
+        if "A_v" in heads:
+            filled["projected"] = heads["A_v"](S.feature)
+        if "A_l" in heads:
             mean = S.feature.mean((2, 3), keepdim=True)  # B,C_S,1,1
-            S = S._replace(embedding=self.heads["A_l"](mean).flatten(1))
-        heads = self.heads["earlier"] if "earlier" in self.heads else ()
-        maps = S.earlier[len(S.earlier) - len(heads):]
-        return S._replace(earlier=tuple(head(x) for head, x in zip(heads, maps)))
+            filled["embedding"] = heads["A_l"](mean).flatten(1)
+        if "earlier" in heads:
+            maps = S.earlier[len(S.earlier) - len(heads["earlier"]):]
+            filled["earlier"] = tuple(A_v_i(x_i) for A_v_i, x_i in zip(heads["earlier"], maps))
+        if "own" in heads:
+            filled["own"] = heads["own"](S)
+        return S._replace(**filled)
 
 
 def initialise_layer(layer):
@@ -318,7 +325,6 @@ def load_encoder(encoder, variant, source):
     source: "none" keeps the random start, and "imagenet" downloads the official file of `variant`.
     Anything else is the path of a plain state dict, with the names of the official PVTv2 and MiT
     files or with those of Hugging Face's `nvidia/mit-b*`.
-
     Returns the names in the file that were left aside, which are those of the ImageNet classifier.
     Raises InputError for a file that does not fit.
     """
@@ -348,10 +354,7 @@ RENAMES = {  # parts of Hugging Face's names -> of the official ones, in this or
 
 
 def official_names(state):
-    """A state dict of MiT with Hugging Face's names -> with the official ones.
-
-    Official names pass unchanged.
-    """
+    """A state dict of MiT with Hugging Face's or official names -> with the official ones."""
     renamed = {official_name(name): tensor for name, tensor in state.items()}
     # the official kv has the rows of the key, then those of the value
     for key in [name for name in renamed if ".key." in name]:

@@ -33,11 +33,14 @@ class Kind:
     """One row of TEACHERS. Raises ValueError for channels that the attention pool cannot split.
 
     build: a function from the number of classes to a network with two parts. Its `backbone` turns
-    an image into {"out": F^T}, perhaps with maps of earlier depths before it. Its `classifier` is a Sequential from F^T to the logits, whose last
-    layer classifies.
-    channels: C_T, a multiple of 64. earlier: channels of the maps of earlier depths, at most three.
+    an image into a dict of maps, with F^T as "out". Its `classifier` is a Sequential from F^T to
+    the logits, whose last layer classifies.
+    channels: C_T, a multiple of 64.
     imagenet: torchvision's ImageNet weights of the backbone, None where there are none.
     ignore_prefixes: of the names of tensors in that file that the backbone lacks.
+    earlier: channels of the dict's other maps, which are those of earlier depths, from the first to
+    the last. At most three, because a student has three stages before F^S, else ValueError. With
+    (), other maps are not used, and the methods of several depths compare F^T alone.
     """
     build: Callable
     channels: int
@@ -50,6 +53,8 @@ class Kind:
             raise ValueError(f"channels={self.channels}: the heads of the attention pool have "
                              f"{HEAD_CHANNELS} channels each, so that a teacher needs a multiple "
                              f"of {HEAD_CHANNELS}")
+        if len(self.earlier) > 3:
+            raise ValueError(f"earlier={self.earlier}: a student has three stages before its last")
 
 
 def torchvision_net(name, *earlier):
@@ -120,10 +125,11 @@ TEACHERS = {
 # ---------------------------------------------------------------- the teacher
 
 class Teacher(nn.Module):
-    """(B,3,H,W) -> Outputs, with the teacher's logits, its feature and the map before_classifier.
+    """(B,3,H,W) -> Outputs, with the teacher's logits, its maps and the map before_classifier.
 
-    The logits z^T have shape (B,K,h,w), the feature F^T (B,C_T,h,w) and the map before the
-    classifier (B,D,h,w). On a ResNet h and w are H/8 and W/8, on a MobileNet H/16 and W/16.
+    The logits z^T have shape (B,K,h,w), the feature F^T (B,C_T,h,w), the earlier maps F^T_i
+    (B,C_i,h_i,w_i) and the map before the classifier (B,D,h,w). On a ResNet h and w are H/8 and
+    W/8, on a MobileNet H/16 and W/16.
     name: a row of TEACHERS.
     """
     # differs: the paper and the release have DeepLabV3+ of stride 16. Here it is torchvision's
@@ -134,7 +140,7 @@ class Teacher(nn.Module):
         kind = TEACHERS[name]
         net = kind.build(classes)
         self.backbone, self.classifier = net.backbone, net.classifier
-        self.channels, self.earlier = kind.channels, kind.earlier  # C_T, and of earlier maps
+        self.channels, self.earlier = kind.channels, kind.earlier  # C_T, C_i of earlier maps
         if "mobilenet" in name:
             # torchvision's momentum of 0.01 makes the running statistics lag for hundreds of steps
             for module in self.modules():
@@ -145,13 +151,12 @@ class Teacher(nn.Module):
         # differs: the paper takes the last encoder feature. The release takes this in one file and
         # the ASPP's map in another. Here it is the paper's, which is layer4 of a ResNet
         maps = self.backbone(x)
-        feature = maps.pop("out")  # B,C_T,h,w
-        before_classifier = feature
+        feature = before_classifier = maps.pop("out")  # B,C_T,h,w
         *head, classify = self.classifier
         for layer in head:
             before_classifier = layer(before_classifier)
-        return Outputs(classify(before_classifier), feature, before_classifier,
-                       earlier=tuple(maps.values()))
+        earlier = tuple(maps.values()) if self.earlier else ()  # B,C_i,h_i,w_i
+        return Outputs(classify(before_classifier), feature, before_classifier, earlier=earlier)
 
     def freeze(self):
         """Fix it for distillation. eval() makes BatchNorm use its running statistics."""
@@ -271,20 +276,6 @@ def presence(labels, classes):
     column = labels.clamp(max=classes).flatten(1)  # ignored pixels go into an extra column
     present = torch.zeros(len(labels), classes + 1, device=labels.device)
     return present.scatter_(1, column, 1)[:, :classes]
-
-
-def average_precision(scores, truth):
-    """Average precision of each class (K,) in [0, 1], NaN for a class without positives.
-
-    scores, truth: (M,K) of M crops. The crops are sorted by score, and the precision is averaged
-    over the positives.
-    """
-    order = scores.argsort(0, descending=True)
-    hits = truth.gather(0, order)
-    ranks = torch.arange(1, len(hits) + 1, device=hits.device)[:, None]  # M,1
-    precision = hits.cumsum(0) / ranks
-    positives = hits.sum(0)
-    return (precision * hits).sum(0) / positives.where(positives > 0, torch.nan)
 
 
 # ---------------------------------------------------------------- CLIP's pool

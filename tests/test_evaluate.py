@@ -1,11 +1,10 @@
-"""Scores, sliding windows, pictures, checkpoints, export and the comparison of runs."""
-import csv
+"""Scores, sliding windows, pictures, the four commands and the comparison of runs."""
 import importlib.util
 import json
-import shutil
 import os
 import random
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -17,10 +16,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate as module
-from data import IGNORE, EvalImages, InputError, normalise, open_dataset
-from evaluate import (chart, class_map, colours_of, compare, comparison, confusion_matrix,
-                      evaluate, load_network, miou_of_commonest_class, overlay, paint, predict,
-                      report, report_terms, scores, table)
+from conftest import error_of
+from data import (IGNORE, EvalImages, InputError, labels_digest, normalise, open_dataset,
+                  size_of_pictures)
+from evaluate import (chart, class_map, compare, comparison, confusion_matrix, evaluate,
+                      load_network, miou_of_commonest_class, overlay, paint, predict, report,
+                      report_terms, scores, table, write_scores)
 from losses import Outputs
 from student import Student
 from teacher import Teacher
@@ -52,7 +53,7 @@ def root(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     lines = [f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(CLASSES, PALETTE)]
     (root / "classes.txt").write_text("".join(lines))
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True)
         for i, (h, w) in enumerate(SIZES):
@@ -69,27 +70,43 @@ def data(root):
 
 
 @pytest.fixture
-def checkpoint(root, tmp_path):
+def checkpoint(root, data, tmp_path):
     """last.pt of a small untrained student, with what train.py writes."""
     torch.manual_seed(0)
     path = tmp_path / "run" / "last.pt"
     path.parent.mkdir()
     heads = nn.ModuleDict({"A_v": nn.Conv2d(256, 8, 1)})
     trained = nn.ModuleDict({"student": Student("mit_nano", 3), "heads": heads})
+    stage = {"stage": "student", "steps": 7, "labels": labels_digest(data, "train", "val")}
     torch.save({"module": trained.state_dict(), "name": "mit_nano", "dataset": "folder",
                 "data": str(root), "classes": CLASSES, "palette": PALETTE, "base": 48,
                 "window": 32, "step": 7, "label": "mine", "method": "ce", "seed": 1,
-                "conditions": {"steps": 7}}, path)
+                "stage": stage, "picture_bytes": size_of_pictures(data)}, path)
     return path
 
 
+def altered(checkpoint, **changes):
+    """The checkpoint with other entries."""
+    torch.save(torch.load(checkpoint) | changes, checkpoint)
+    return checkpoint
+
+
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, capsys):
+    """Run evaluate.py with these arguments. Returns what it printed."""
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         module.main()
+        return capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return run
+
+
+@pytest.fixture
+def error(monkeypatch, capsys):
+    """Run evaluate.py with these arguments, which it refuses. Returns its one line."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return lambda *arguments: error_of(module.main, arguments, capsys)
 
 
 # ---------------------------------------------------------------- scores
@@ -111,8 +128,8 @@ def test_scores_of_a_small_case_by_hand():
     # rows: labels. Class 2 is never found, class 3 only imagined, class 4 nowhere.
     matrix = torch.tensor([[3, 1, 0, 0, 0], [0, 2, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5, [0] * 5])
     found = scores(matrix)
-    assert found["iou"] == pytest.approx([75, 40, 0, 0, None])
-    assert found["miou"] == pytest.approx((75 + 40 + 0 + 0) / 4)
+    assert found["iou"] == pytest.approx([75, 40, 0, None, None])
+    assert found["miou"] == pytest.approx((75 + 40 + 0) / 3)
     assert found["pixel_accuracy"] == pytest.approx(100 * 5 / 8)
     nothing = scores(torch.zeros(2, 2, dtype=torch.int64))
     assert nothing == {"miou": 0, "iou": [None, None], "pixel_accuracy": 0}
@@ -133,7 +150,7 @@ def logits(monkeypatch):
                         lambda z, size: F.interpolate(z[None], size, mode="bilinear")[0])
 
 
-def test_windows_of_a_pointwise_network_give_the_whole_image(logits):
+def test_windows_of_a_pointwise_network_give_the_whole_image(logits, monkeypatch):
     rng, model = random.Random(0), Pointwise()
     for _ in range(10):
         h, w, window = rng.randint(5, 90), rng.randint(5, 90), rng.randint(32, 64)
@@ -141,8 +158,9 @@ def test_windows_of_a_pointwise_network_give_the_whole_image(logits):
         size = rng.randint(5, 100), rng.randint(5, 100)
         whole = F.interpolate(model(normalise(image[None])).logits, size, mode="bilinear")[0]
         torch.testing.assert_close(predict(model, image, size), whole, atol=1e-5, rtol=1e-5)
-        for stride in (None, rng.randint(1 + window // 4, window), 2 * window):
-            found = predict(model, image, size, window, stride, batch=rng.randint(1, 9))
+        for at_a_time in (1, 3, 8):
+            monkeypatch.setattr(module, "AT_A_TIME", at_a_time)
+            found = predict(model, image, size, window)
             torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -155,18 +173,19 @@ class Count(nn.Module):
         return logits_only(torch.full((1, 1, *x.shape[2:]), float(self.seen)))
 
 
-def test_overlapping_windows_are_averaged(logits):
+def test_overlapping_windows_are_averaged(logits, monkeypatch):
+    monkeypatch.setattr(module, "AT_A_TIME", 1)
     image = torch.zeros(3, 32, 48, dtype=torch.uint8)
-    found = predict(Count(), image, (32, 48), window=32, stride=20, batch=1)
+    found = predict(Count(), image, (32, 48), window=32)
     # the second window lies flush with the end, at 16
     assert found[0, 0].tolist() == [0] * 16 + [0.5] * 16 + [1] * 16
 
 
-def test_windows_overlap_by_a_third_unless_a_stride_is_given():
-    image = torch.zeros(3, 36, 36 + 2 * 24, dtype=torch.uint8)
-    for stride, windows in ((None, 3), (36, 3), (12, 5)):
+def test_windows_overlap_by_a_third(monkeypatch):
+    monkeypatch.setattr(module, "AT_A_TIME", 1)
+    for width, windows in ((36, 1), (37, 2), (36 + 24, 2), (36 + 25, 3), (36 + 2 * 24, 3)):
         model = Count()
-        predict(model, image, (4, 4), window=36, stride=stride, batch=1)
+        predict(model, torch.zeros(3, 36, width, dtype=torch.uint8), (4, 4), window=36)
         assert model.seen + 1 == windows
 
 
@@ -215,14 +234,14 @@ def test_small_images_are_padded_with_the_mean_colour():
 
 
 def test_evaluate_counts_every_labelled_pixel_once(data, monkeypatch):
-    """Whatever the batch, the loader processes and the training processes."""
+    """Whatever the loader processes and the training processes."""
     torch.manual_seed(0)
     model, state = Pointwise(), torch.get_rng_state()
     judge = lambda **options: evaluate(model, data, "val", 64, 32, "cpu", **options)
-    expected = sum(confusion_matrix(predict(model, image, label.shape, 32, 21), label, 3)
+    expected = sum(confusion_matrix(predict(model, image, label.shape, 32), label, 3)
                    for image, label in (EvalImages(data, "val", 64)[i] for i in range(3)))
-    for options in (dict(batch=1), dict(batch=5), dict(workers=1)):
-        assert torch.equal(judge(**options), expected)
+    for workers in (0, 1):
+        assert torch.equal(judge(workers=workers), expected)
     assert torch.equal(torch.get_rng_state(), state)  # training goes on with the same numbers
     labelled = [(data.read("val", i)[1] != IGNORE).sum() for i in range(3)]
     assert expected.sum() == sum(labelled)
@@ -264,104 +283,126 @@ def test_overlay_keeps_the_size_and_puts_a_legend_below():
 
 def test_comparison_has_a_row_an_image_and_a_column_a_network(data):
     models = {"teacher": Pointwise().train(), "nobody": None, "student": Pointwise()}
-    sheet = comparison(data, "val", 32, 32, models, "cpu", images=2)
+    sheet = comparison(data, "val", 32, 32, models, "cpu")
     # SIZES, the short side at 32
-    first, second = (round(256 * h / w) + 6 for h, w in ((32, 45), (62, 32)))
+    heights = [round(256 * h / w) + 6 for h, w in ((32, 45), (62, 32), (32, 43))]
     assert sheet.width == 4 * (256 + 6)
-    assert sheet.height == 32 + first + second + 2 * (sheet.width // 60)
+    assert sheet.height == 32 + sum(heights) + 2 * (sheet.width // 60)
     assert models["teacher"].training
     label = paint(torch.from_numpy(data.read("val", 0)[1]), data.palette)
     for row, column in ((3, 5), (20, 30), (39, 55)):
         x = 262 + 3 + int((column + 0.5) * 256 / 56)
-        y = 32 + 3 + int((row + 0.5) * (first - 6) / 40)
+        y = 32 + 3 + int((row + 0.5) * (heights[0] - 6) / 40)
         assert sheet.getpixel((x, y)) == label.getpixel((column, row))
-
-
-def test_a_method_has_one_colour_in_all_figures_and_no_two_curves_share_one():
-    assert colours_of(["student alone", "student c2vkd"]) == colours_of(["ce", "c2vkd"])
-    assert colours_of(["x", "c2vkd"])[1] == colours_of(["c2vkd"])[0]
-    many = colours_of(["teacher", "ce", "c2vkd", "fitnet", "dist", "kd", "dkd", "mine", "yours"])
-    assert len(set(many)) == len(many)
 
 
 def test_chart_draws_every_curve_in_its_colour():
     curves = {"teacher": [(0, 10), (400, 60)], "mine": [(100, 30), (400, 45)], "ce": [(200, 20)]}
     picture = chart(curves, "step", "val mIoU")
-    assert picture.size == (800, 480) and picture.getpixel((2, 2)) == (255, 255, 255)
-    # axes 0..400 and 0..60 between the pixels 60..770 and 420..70
-    teacher, mine, alone = (module.ImageDraw.ImageColor.getrgb(c) for c in colours_of(curves))
-    assert picture.getpixel((60, 362)) == picture.getpixel((768, 72)) == teacher
-    assert picture.getpixel((60 + 355, 420 - 117)) == alone
-    assert mine in {colour for _, colour in picture.getcolors(100_000)}
-
-
-@pytest.mark.parametrize("low, high, expected", [
-    (0, 400, [0, 100, 200, 300, 400]), (-0.3, 0.4, [-0.4, -0.2, 0, 0.2, 0.4]),
-    (5, 5, [5, 5.5, 6])])
-def test_ticks_are_round_and_enclose_the_values(low, high, expected):
-    assert module._ticks(low, high) == pytest.approx(expected)
+    assert picture.getpixel((2, 2)) == (255, 255, 255)
+    # axes 0..400 and 10..60 between the pixels 60..770 and 420..70
+    colours = [module.ImageDraw.ImageColor.getrgb(colour) for colour in module.COLOURS]
+    assert picture.getpixel((60, 420)) == picture.getpixel((770, 70)) == colours[0]
+    assert picture.getpixel((60 + 355, 420 - 70)) == colours[2]
+    assert colours[1] in {colour for _, colour in picture.getcolors(100_000)}
+    many = {f"row {k}": [(0, k), (1, k)] for k in range(len(colours) + 2)}
+    assert chart(many, "step", "val mIoU").size == chart({"x": [(5, 5)]}, "", "").size
 
 
 # ---------------------------------------------------------------- tables
 
-def test_table_of_networks_says_where_the_mean_leaves_classes_out():
-    whole = {"miou": 50.0, "iou": [60.0, 40.0], "pixel_accuracy": 90.0}
+WHOLE = {"miou": 50.0, "iou": [60.0, 40.0], "pixel_accuracy": 90.0}
+
+
+def test_table_of_networks_says_over_how_many_classes_the_mean_is():
     part = {"miou": 7.0, "iou": [7.0, None], "pixel_accuracy": 90.0}
-    rows = [("teacher", 1234567, 12.34, whole), ("student", 89, None, part)]
-    lines = table(rows, ["sky", "tall grass"]).splitlines()
-    assert lines[1] == "teacher   1,234,567          12.3  50.00       90.00"
-    assert lines[2] == "student          89             -   7.00       90.00"
-    assert lines[4].startswith("student: mean over 1 of 2 classes: the")
-    assert [line.split() for line in lines[-2:]] == [["sky", "60.00", "7.00"],
-                                                     ["tall", "grass", "40.00", "-"]]
-    assert "mean over" not in table(rows[:1], ["sky", "tall grass"])
+    lines = table([("teacher", 1234567, 12.34, part), ("student", 89, None, part)],
+                  ["sky", "tall grass"]).splitlines()
+    assert lines[1] == "teacher   1,234,567          12.3  7.00       90.00"
+    assert lines[2] == "student          89             -  7.00       90.00"
+    assert lines[4] == "mIoU: mean over 1 of 2 classes: the others have no labelled pixel"
+    assert [line.split() for line in lines[-2:]] == [["sky", "7.00", "7.00"],
+                                                     ["tall", "grass", "-", "-"]]
+    assert "mean over" not in table([("teacher", 12, None, WHOLE)], ["sky", "tall grass"])
 
 
-def test_report_keeps_its_pictures_where_printing_fails(data, tmp_path, monkeypatch):
+@pytest.fixture
+def entries(tmp_path):
+    """What `report` takes: a teacher that was given, and two students with a log."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "log.csv").write_text("step,val_miou\n1,\n2,30\n")
+    result = {"iou": [50.0] * 3, "pixel_accuracy": 90.0}
+    return {"teacher": (Pointwise(), result | {"miou": 50.0}, None),
+            "student alone": (Pointwise(), result | {"miou": 45.0}, tmp_path / "log.csv"),
+            "c2vkd": (Pointwise(), result | {"miou": 51.5}, tmp_path / "log.csv")}
+
+
+def test_report_draws_prints_the_table_and_the_gain(entries, data, tmp_path, capsys):
+    report(tmp_path / "run", entries, data, 32, 32, "cpu")
+    text = capsys.readouterr().out
+    assert line(text, "student alone")[-2:] == ["45.00", "90.00"] and "NOTE" not in text
+    assert "gain of c2vkd over student alone: +6.50 mIoU on val, one seed" in text
+    assert "WARNING: c2vkd is better than its teacher" in text
+    for name in ("comparison.png", "curves.png"):
+        assert Image.open(tmp_path / "run" / name).width > 0
+
+
+@pytest.mark.parametrize("content", [
+    None, b"", b"step;val_miou\n2;30\n", b"40,0.1,0.2\n", b"step,val_miou\n2,abc\n",
+    b"\xff\xfe\0s", b"step,val_miou\n2\n"])
+def test_a_log_that_is_lost_or_altered_costs_a_note(entries, data, tmp_path, capsys, content):
+    log = tmp_path / "log.csv"
+    log.unlink()
+    if content is not None:
+        log.write_bytes(content)
+    report(tmp_path / "run", entries, data, 32, 32, "cpu")
+    report_terms(tmp_path, {"ce": 1.0})
+    text = capsys.readouterr().out
+    assert f"NOTE: {log}: missing or not readable" in text
+    assert line(text, "student alone") and "gain of c2vkd" in text
+    assert (tmp_path / "run" / "comparison.png").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_or_written_costs_a_note(entries, data, tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "curves.png").mkdir()
+    (tmp_path / "damaged.png").touch()
+    damaged = open_dataset("folder", data.root)
+    damaged.pairs["val"] = [(tmp_path / "damaged.png", data.pairs["val"][0][1])]
+    for pictures, notes in ((data, ["curves.png"]), (damaged, ["damaged.png", "curves.png"])):
+        report(folder, entries, pictures, 32, 32, "cpu")
+        text = capsys.readouterr().out
+        said = [row for row in text.splitlines() if row.startswith("NOTE: ")]
+        assert len(said) == len(notes) and all(n in row for n, row in zip(notes, said))
+        assert "gain of c2vkd" in text and (folder / "comparison.png").exists()
+
+
+def test_report_keeps_its_pictures_where_printing_fails(entries, data, tmp_path, monkeypatch):
     def broken(*_):
         raise BrokenPipeError
     monkeypatch.setattr("builtins.print", broken)
-    (tmp_path / "log.csv").write_text("step,val_miou\n1,\n2,30\n")
-    result = {"miou": 50.0, "iou": [50.0] * 3, "pixel_accuracy": 90.0}
-    entries = {"student alone": (Pointwise(), result, tmp_path / "log.csv")}
     with pytest.raises(BrokenPipeError):
         report(tmp_path / "run", entries, data, 32, 32, "cpu")
     for name in ("comparison.png", "curves.png"):
         assert Image.open(tmp_path / "run" / name).width > 0
 
 
-def write_log(folder, cosine):
-    """log.csv with terms measured at steps 40 and 400. cosine: of gb."""
-    raw = {"raw_pdd": 2, "weighted_pdd": 2, "raw_gb": 0.5, "weighted_gb": 5}
-    measured = {"grad_pdd": 3, "grad_gb": 0.1, "cos_pdd": 0.9, "cos_gb": cosine}
-    with open(folder / "log.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, ["step", *raw, *measured])
-        writer.writeheader()
-        writer.writerows([{"step": 40} | raw | measured, {"step": 60} | raw,
-                          {"step": 400} | raw | measured])
-
-
-def test_terms_are_printed_with_share_and_cosine_at_each_measured_step(tmp_path, capsys):
-    write_log(tmp_path, 0.25)
+def test_terms_are_one_table_of_means_over_the_validations(tmp_path, capsys):
+    (tmp_path / "log.csv").write_text("step,raw_pdd,raw_gb,grad_pdd,grad_gb\n"
+                                      "0,9,9,9,9\n40,2,0.5,3,0.1\n60,2,0.5,,\n400,1,0.25,1,0.3\n")
     report_terms(tmp_path, {"pdd": 1.0, "gb": 10.0})
     text = capsys.readouterr().out
-    assert "terms at step 40 " in text and "terms at step 400 " in text and "step 60" not in text
-    assert line(text, "  pdd") == ["pdd", "2", "1", "2", "3", "75%", "0.90"]
-    assert line(text, "  gb") == ["gb", "0.5", "10", "5", "1", "25%", "0.25"]
-    assert "WARNING" not in text
-    (tmp_path / "log.csv").write_text("step,raw_ce\n1,2\n")  # nothing was measured
+    # norms 3 and 1 at step 40, 1 and 3 at step 400
+    assert line(text, "pdd") == ["pdd", "1", "1", "1", "2", "50%"]
+    assert line(text, "gb") == ["gb", "0.25", "10", "2.5", "2", "50%"]
+    report_terms(tmp_path, {"pdd": 0.0, "gb": 1.0})
+    assert line(capsys.readouterr().out, "gb")[-2:] == ["0.2", "100%"]
+    (tmp_path / "log.csv").write_text("step,raw_ce,grad_ce\n1,2,\n")  # nothing was measured
     report_terms(tmp_path, {"ce": 1.0})
     assert capsys.readouterr().out == ""
 
 
-def test_a_term_that_pulls_against_cross_entropy_is_named_unless_it_is_small(tmp_path, capsys):
-    write_log(tmp_path, -0.25)
-    for weight, warned in ((10.0, True), (0.1, False)):
-        report_terms(tmp_path, {"pdd": 1.0, "gb": weight})
-        assert ("WARNING: gb pulls against" in capsys.readouterr().out) == warned
-
-
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- checkpoints and export
 
 def test_network_of_a_checkpoint_comes_back_in_eval_mode(checkpoint):
     model, state = load_network(checkpoint)
@@ -369,7 +410,7 @@ def test_network_of_a_checkpoint_comes_back_in_eval_mode(checkpoint):
     for name, value in model.state_dict().items():
         assert torch.equal(value, state["module"][f"student.{name}"])
     weights = Teacher("deeplabv3_resnet10", 3).state_dict()
-    torch.save(state | {"name": "deeplabv3_resnet10", "module": weights}, checkpoint)
+    altered(checkpoint, name="deeplabv3_resnet10", module=weights)
     assert isinstance(load_network(checkpoint)[0], Teacher)
 
 
@@ -387,16 +428,6 @@ def test_checkpoint_that_does_not_fit_is_refused(checkpoint, change, named):
         load_network(checkpoint)
 
 
-@pytest.mark.parametrize("content", [[1], {"a": 1}, b""])
-def test_file_that_is_no_checkpoint_is_refused(tmp_path, content):
-    path = tmp_path / "x.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(InputError, match="x.pt: not a (readable )?checkpoint"):
-        load_network(path)
-
-
-# ---------------------------------------------------------------- export
-
 def check_exported(function, checkpoint, tolerance):
     """An exported network takes raw pictures of any number and size."""
     model, _ = load_network(checkpoint)
@@ -411,10 +442,9 @@ def check_exported(function, checkpoint, tolerance):
             assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_exported_network_is_the_same_function(checkpoint, tmp_path, run, capsys):
+def test_exported_network_is_the_same_function(checkpoint, tmp_path, run):
     path = tmp_path / "new" / "student.pt2"
-    run("--checkpoint", checkpoint, "--export", path)
-    text = capsys.readouterr().out
+    text = run("export", checkpoint, path)
     assert float(re.search(r"largest difference to the original (\S+)", text)[1]) < 1e-4
     assert f"{path.stat().st_size / 1e6:.1f} MB" in text and " ms for one 48x48 image" in text
     extra = {"classes.json": ""}
@@ -423,84 +453,114 @@ def test_exported_network_is_the_same_function(checkpoint, tmp_path, run, capsys
     check_exported(exported, checkpoint, 1e-6)
     with pytest.raises(RuntimeError, match="dtype"):  # pictures in another scale are refused
         exported(torch.rand(1, 3, 64, 64))
-    module.refuse_foreign(path)  # the same command may write it again
 
 
 @pytest.mark.parametrize("name, named", [
-    ("last.pt", "give it the ending .pt2 or .onnx"), ("archive.pt2", "was not written by this"),
-    ("text.pt2", "was not written by this"), ("student.onnx", "pip install onnx onnxscript")])
-def test_export_writes_over_nothing_of_another_origin(checkpoint, run, monkeypatch, name, named):
-    path = checkpoint.with_name(name)
-    torch.save({}, checkpoint.with_name("archive.pt2"))
+    ("last.pt", "give it the ending .pt2 or .onnx"), ("text.pt2", "is there already"),
+    ("student.onnx", "pip install onnx onnxscript")])
+def test_export_writes_over_nothing(checkpoint, error, monkeypatch, name, named):
     checkpoint.with_name("text.pt2").write_text("precious")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    before = {p: p.read_bytes() for p in path.parent.iterdir()}
-    with pytest.raises(InputError, match=f"{name}: .*{named}"):
-        run("--checkpoint", checkpoint, "--export", path)
-    assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
+    before = {p: p.read_bytes() for p in checkpoint.parent.iterdir()}
+    assert f"{name}: {named}" in error("export", checkpoint, checkpoint.with_name(name))
+    assert {p: p.read_bytes() for p in checkpoint.parent.iterdir()} == before
 
 
 def test_exported_onnx_is_the_same_function(checkpoint, tmp_path, run):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     path = tmp_path / "student.onnx"
-    run("--checkpoint", checkpoint, "--export", path)
-    content = onnx.load(path)
-    about = {p.key: p.value for p in content.metadata_props}
+    run("export", checkpoint, path)
+    about = {p.key: p.value for p in onnx.load(path).metadata_props}
     assert json.loads(about["classes.json"]) == CLASSES
-    module.refuse_foreign(path)  # the same command may write it again
     session = pytest.importorskip("onnxruntime").InferenceSession(path)
     check_exported(lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0]),
                    checkpoint, 1e-5)
 
 
-# ---------------------------------------------------------------- the command line
+# ---------------------------------------------------------------- score
 
-@pytest.mark.parametrize("options, changes, name, why", [
-    ([], {"stage": {"labels": "others"}}, "last.pt", "the labels have changed since training"),
-    ([], {}, "copy.pt", "the file is not the last.pt of its folder"),
-    ([], {"dataset": "folder", "window": 32}, "last.pt", None),
-    (["--data", "{d}"], {"data": "/another"}, "last.pt", "other data than the run's own"),
-    (["--whole"], {}, "last.pt", "--whole, but training validates with windows"),
-    (["--window", "40"], {}, "last.pt", "another window or --stride"),
-    (["--stride", "16"], {}, "last.pt", "another window or --stride")])
-def test_only_a_score_that_is_the_runs_own_is_kept(checkpoint, root, run, capsys, options, changes,
-                                                   name, why):
-    torch.save(torch.load(checkpoint) | changes, checkpoint.with_name(name))
-    run("--checkpoint", checkpoint.with_name(name), *(o.format(d=root) for o in options))
-    text = capsys.readouterr().out
-    assert "mIoU" in text and ("not kept for --compare" in text) == (why is not None)
-    assert why is None or f"not kept for --compare: {why}" in text
-    assert (checkpoint.parent / "results-val.json").exists() == (why is None)
-
-
-def test_evaluation_writes_the_result_beside_the_checkpoint(checkpoint, data, run, capsys):
-    run("--checkpoint", checkpoint)
-    text = capsys.readouterr().out
-    assert all(name in text for name in ("mit_nano", "mIoU", *CLASSES))
-    result = json.loads((checkpoint.parent / "results-val.json").read_text())
-    expected = {"label": "mine", "method": "ce", "seed": 1, "step": 7, "conditions": {"steps": 7},
-                "classes": CLASSES}
+def test_score_prints_and_keeps_that_of_the_test_split(checkpoint, data, run):
+    results = checkpoint.with_name("results-test.json")
+    for split in ("train", "val"):
+        text = run("score", checkpoint, "--split", split)
+        assert "mIoU" in text and "not kept" not in text
+    assert [p.name for p in checkpoint.parent.iterdir()] == ["last.pt"]
+    text = run("score", checkpoint, "--split", "test")
+    assert all(name in text for name in ("mit_nano", *CLASSES)) and "NOTE" not in text
+    result = json.loads(results.read_text())
+    expected = {"label": "mine", "method": "ce", "seed": 1, "step": 7, "classes": CLASSES,
+                "stage": torch.load(checkpoint)["stage"], "scored": labels_digest(data, "test")}
     assert {k: result[k] for k in expected} == expected
     model, _ = load_network(checkpoint)
-    assert result["iou"] == scores(evaluate(model, data, "val", 48, 32, "cpu"))["iou"]
+    assert result["iou"] == scores(evaluate(model, data, "test", 48, 32, "cpu"))["iou"]
     assert f"{result['miou']:.2f}" in text
 
 
-def test_the_default_folder_may_be_spelled_out(checkpoint, root, tmp_path, run, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "folder").symlink_to(root)
-    torch.save(torch.load(checkpoint) | {"data": None}, checkpoint)
-    run("--checkpoint", checkpoint, "--data", "data/folder")
-    assert (checkpoint.parent / "results-val.json").exists()
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("options, changes, name, why", [
+    ([], {"stage": {"labels": "others", "steps": 7}}, "last.pt", "other data than the run's own"),
+    ([], {}, "copy.pt", "the file is not the last.pt of its folder"),
+    ([], {"step": 6}, "last.pt", "its training is not finished"),
+    (["--whole"], {}, "last.pt", "--whole, but training validates with windows")])
+def test_only_a_score_that_is_the_runs_own_is_kept(checkpoint, run, split, options, changes, name,
+                                                   why):
+    path = checkpoint.rename(checkpoint.with_name(name))
+    text = run("score", altered(path, **changes), "--split", split, *options)
+    assert "mIoU" in text and f"not kept for compare: {why}" in text
+    assert [p.name for p in path.parent.iterdir()] == [name]
 
 
-def test_pictures_of_a_split(checkpoint, tmp_path, run):
-    run("--checkpoint", checkpoint, "--split", "train", "--pictures", tmp_path / "out")
-    assert Image.open(tmp_path / "out" / "train-comparison.png").width == 3 * (256 + 6)
-    assert (checkpoint.parent / "results-train.json").exists()
+def test_labels_count_by_their_bytes_wherever_they_lie(checkpoint, root, tmp_path, run):
+    """Data that moved is the run's own; other labels in the old place are not."""
+    moved = tmp_path / "moved"
+    shutil.copytree(root, moved)
+    altered(checkpoint, data=str(tmp_path / "gone"))
+    results = checkpoint.with_name("results-test.json")
+    assert "not kept" not in run("score", checkpoint, "--split", "test", "--data", moved)
+    assert results.exists()
+    results.unlink()
+    Image.new("L", SIZES[0][::-1]).save(moved / "labels/train/0.png")
+    text = run("score", checkpoint, "--split", "test", "--data", moved)
+    assert "not kept for compare: other data" in text and not results.exists()
 
+
+def test_a_picture_that_was_replaced_costs_a_note(checkpoint, run):
+    altered(checkpoint, picture_bytes=1)
+    text = run("score", checkpoint, "--split", "test")
+    assert text.count("NOTE: ") == 1 and checkpoint.with_name("results-test.json").exists()
+
+
+def test_a_score_is_kept_before_it_is_printed_and_printed_where_it_cannot_be_kept(
+        checkpoint, run, error, monkeypatch):
+    results, written = checkpoint.with_name("results-test.json"), []
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", lambda *_: written.append(results.exists()))
+        run("score", checkpoint, "--split", "test")
+    assert written == [True]
+    results.unlink()
+    results.mkdir()  # in the way
+
+    seen, table_of = [], module.table
+    monkeypatch.setattr(module, "table", lambda *a: seen.append(table_of(*a)) or seen[0])
+    assert "results-test.json: cannot write it" in error("score", checkpoint, "--split", "test")
+    assert CLASSES[0] in seen[0]
+
+
+def test_other_classes_and_absent_splits_are_refused(checkpoint, root, tmp_path, error):
+    altered(checkpoint, classes=["sky", "grass", "cat"])
+    told = error("score", checkpoint)
+    assert "its classes are not those of the data" in told and "tall grass" in told
+    altered(checkpoint, classes=CLASSES)
+    for kind in ("images", "labels"):
+        for split in ("train", "val"):
+            shutil.copytree(root / kind / split, tmp_path / "d" / kind / split)
+    shutil.copy(root / "classes.txt", tmp_path / "d")
+    told = error("score", checkpoint, "--split", "test", "--data", tmp_path / "d")
+    assert told == "the data has no test split; choose another --split"
+
+
+# ---------------------------------------------------------------- draw
 
 @pytest.fixture
 def photos(tmp_path):
@@ -508,7 +568,7 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     Image.new("L", (70, 30)).save(tmp_path / "grey.jpg")
-    Image.new("RGBA", (31, 45)).save(folder / "b.PNG")
+    Image.new("RGB", (31, 45)).save(folder / "b.PNG")
     Image.new("RGB", (130, 40)).save(folder / "c.jpeg")
     (folder / "notes.txt").write_text("no picture")
     return [tmp_path / "grey.jpg", folder]
@@ -517,11 +577,11 @@ def photos(tmp_path):
 PHOTOS = {"grey": (70, 30), "b": (31, 45), "c": (130, 40)}
 
 
-def test_images_and_folders_are_coloured_at_their_size(checkpoint, photos, tmp_path, run, capsys):
+@pytest.mark.parametrize("options", [[], ["--whole"]])
+def test_pictures_and_folders_are_coloured_at_their_size(checkpoint, photos, tmp_path, run,
+                                                         options):
     out = tmp_path / "out"
-    for options in ([], ["--whole"]):  # the second time over pictures of the same command
-        run("--checkpoint", checkpoint, "--image", *photos, "--pictures", out, *options)
-    text = capsys.readouterr().out
+    text = run("draw", checkpoint, *photos, "--out", out, *options)
     for said in ("photos: 1 left out", "notes.txt", "3 pictures, grey.jpg to c.jpeg"):
         assert said in text
     assert len(list(out.iterdir())) == 3
@@ -532,7 +592,7 @@ def test_images_and_folders_are_coloured_at_their_size(checkpoint, photos, tmp_p
 
 def test_masks_hold_the_index_of_each_pixel(checkpoint, photos, tmp_path, run):
     out = tmp_path / "out"
-    run("--checkpoint", checkpoint, "--image", *photos, "--pictures", out, "--masks")
+    run("draw", checkpoint, *photos, "--out", out, "--masks")
     for name, size in PHOTOS.items():
         mask = Image.open(out / f"{name}-mask.png")
         assert mask.mode == "L" and mask.size == size
@@ -543,71 +603,65 @@ def test_masks_hold_the_index_of_each_pixel(checkpoint, photos, tmp_path, run):
     assert np.array_equal(np.array(Image.open(out / "c-mask.png")), expected.numpy())
 
 
-def test_no_picture_of_another_origin_is_overwritten(checkpoint, photos, tmp_path, run):
-    label = tmp_path / "out" / "c-mask.png"
-    label.parent.mkdir()
-    Image.new("L", (130, 40), 1).save(label)
-    before = label.read_bytes()
-    with pytest.raises(InputError, match="c-mask.png: is there and was not written by this"):
-        run("--checkpoint", checkpoint, "--image", *photos, "--pictures", label.parent, "--masks")
-    assert label.read_bytes() == before and len(list(label.parent.iterdir())) == 1
+def test_what_cannot_be_drawn_is_named_and_the_rest_is_drawn(checkpoint, photos, tmp_path, error):
+    out, folder = tmp_path / "out", photos[1]
+    out.mkdir()
+    (out / "grey-mask.png").write_text("precious")
+    (folder / "a.png").write_bytes((folder / "b.PNG").read_bytes()[:60])
+    long = "n" * 245
+    Image.new("RGB", (40, 40)).save(folder / f"{long}.png")
+    Image.new("RGB", (40, 40)).save(tmp_path / "c.png")  # the name of another one
+    told = error("draw", checkpoint, *photos, tmp_path / "c.png", tmp_path / "absent.png",
+                 "--masks", "--out", out)
+    assert told.startswith("5 of 7 left out: ")
+    for named in ("grey-mask.png: is there already", "a.png: truncated or not an image",
+                  f"{long}-mask.png: cannot write it", "c-mask.png: is there already",
+                  "absent.png"):
+        assert named in told
+    assert {p.name for p in out.iterdir()} == {"grey-mask.png", "b-mask.png", "c-mask.png"}
+    assert (out / "grey-mask.png").read_text() == "precious"
+    assert Image.open(out / "c-mask.png").size == PHOTOS["c"]
 
 
-@pytest.mark.parametrize("options, named", [
-    (["--window", "16"], "--window"), (["--stride", "0"], "--stride"),
-    (["--batch-size", "0"], "--batch-size"), (["--workers", "-1"], "--workers"),
-    (["--split", "test"], "no test split"),
-    (["--device", "cuda"], "--device cuda: no such device found"),
-    (["--device", "gpu"], "--device gpu: no name of a device"),
-    (["--whole", "--stride", "8"], "--whole: takes no windows"),
-    (["--image", "absent.png"], "absent.png"), (["--image", "{d}/empty"], "empty: no picture"),
-    (["--image", "{d}/text.png"], "truncated or not an image"),
-    (["--image", "{d}", "--pictures", "{d}"], "holds the pictures themselves"),
-    (["--image", "{d}/text.png", "{d}/empty/../text.png"], "two --image files have the same name"),
-    (["--data", "absent"], "absent"), (["--checkpoint", "absent.pt"], "absent.pt"),
-    (["--checkpoint", "{d}/text.png"], "text.png: not a readable checkpoint"),
-    (["--masks"], "--masks: has no effect with --checkpoint; it goes with --image"),
-    (["--against", "kd"], "--against: has no effect with --checkpoint; it goes with --compare"),
-    (["--image", "a.png", "--export", "x.pt2"], "--image: has no effect with --export"),
-    (["--export", "x.pt2", "--window", "64"], "--window: has no effect with --export"),
-    (["--image", "a.png", "--split", "val"], "--split: has no effect with --image"),
-    (["--compare", "{d}"], "--checkpoint: has no effect with --compare")])
-def test_bad_or_ignored_options_are_one_sentence_that_names_them(checkpoint, tmp_path, options,
-                                                                 named, run):
+@pytest.mark.parametrize("arguments, named", [
+    ([], "COMMAND"), (["scores"], "scores"), (["score"], "CHECKPOINT"),
+    (["score", "{d}/run"], "run/last.pt"), (["score", "absent.pt"], "absent.pt"),
+    (["score", "{d}/text.png"], "text.png: not a readable checkpoint"),
+    (["score", "{c}", "--split", "all"], "--split"),
+    (["score", "{c}", "--data", "absent"], "absent"),
+    (["score", "{c}", "--masks"], "--masks"), (["draw", "{c}"], "PICTURE"),
+    (["draw", "{c}", "{d}/empty"], "empty: no picture"),
+    (["draw", "{c}", "{d}/text.png", "--out", "{d}"], "holds the pictures themselves"),
+    (["draw", "{c}", "{d}/text.png", "--out", "{d}/o"], "truncated or not an image"),
+    (["export", "{c}"], "FILE"), (["compare", "{d}", "--split", "train"], "--split"),
+    (["compare", "{d}"], "no results-val.json of a student below it")])
+def test_bad_usage_is_one_line_that_names_it(checkpoint, tmp_path, arguments, named, error):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(InputError, match=re.escape(named)) as e:
-        run("--checkpoint", checkpoint, *(o.format(d=tmp_path) for o in options))
-    assert "\n" not in str(e.value)
+    assert named in error(*(a.format(c=checkpoint, d=tmp_path) for a in arguments))
 
 
-def test_data_of_other_classes_is_refused(checkpoint, run):
-    torch.save(torch.load(checkpoint) | {"classes": ["sky", "grass", "dog"]}, checkpoint)
-    with pytest.raises(InputError, match="trained on 3 classes that are not those of the data"):
-        run("--checkpoint", checkpoint)
+# ---------------------------------------------------------------- compare
+
+STAGE = {"stage": "student", "steps": 400, "crop": 64, "labels": "abc", "unlabelled": 0,
+         "weights": {"ce": 1.0}, "pool": None}
 
 
-@pytest.mark.parametrize("options", [[], ["--image", "a.png"], ["--export", "a.pt2"]])
-def test_something_to_do_is_required(run, options):
-    with pytest.raises(InputError, match="--checkpoint FILE or --compare DIR"):
-        run(*options)
-
-
-# ---------------------------------------------------------------- comparison of runs
-
-def write_runs(folder, runs, **changes):
+def write_runs(folder, runs, teacher="good", stage={}, **changes):
     """results-val.json of runs: method or label:method -> mIoU of seeds 0, 1, ... or None."""
     for name, values in runs.items():
         label, _, method = name.rpartition(":")
+        known = None if method == "ce" else {"stage": "teacher", "network": teacher}
         for seed, miou in enumerate(values):
             if miou is None:
                 continue
-            result = {"miou": miou, "iou": [miou, None], "pixel_accuracy": 90.0, "seed": seed,
-                      "label": label or None, "method": method, "step": 400,
-                      "classes": ["sky", "cat"], "conditions": {"crop": 64, "steps": 400}}
-            path = folder / f"{label or method}-seed{seed}" / "results-val.json"
-            path.parent.mkdir(parents=True)
-            path.write_text(json.dumps(result | changes))
+            state = {"seed": seed, "label": label or None, "method": method, "step": 400,
+                     "classes": ["sky", "cat"], "scored": "abc"} | changes
+            state["stage"] = STAGE | {"method": method, "seed": seed, "teacher": known} | stage
+            result = {"miou": miou, "iou": [miou, None], "pixel_accuracy": 90.0}
+            run = folder / f"{label or method}-seed{seed}"
+            run.mkdir(parents=True)
+            write_scores(run, "val", result, state)
     return folder
 
 
@@ -616,120 +670,120 @@ def line(text, start):
 
 
 def test_gains_are_paired_by_seed(tmp_path):
-    write_runs(tmp_path, {"ce": [50, 52, 51], "kd": [51, 53, 53], "mine:c2vkd": [53, 56, 54]})
-    write_runs(tmp_path, {"teacher": [80]}, method=None, conditions=None)  # teachers are not rows
+    write_runs(tmp_path, {"ce": [50, 52, 51], "kd": [51, 53, 53, 90], "mine:c2vkd": [53, 56, 54]})
+    write_runs(tmp_path, {"teacher": [80]}, method=None)  # teachers are not rows
     text = compare(tmp_path, "val")
-    assert "80.00" not in text
+    assert "80.00" not in text and "in no table" not in text
     assert text.startswith(f"{tmp_path}: val, 400 steps\n")
-    assert line(text, "ce") == ["ce", "3", "51.00", "1.00", "-", "-"]
+    assert line(text, "method")[-1] == "pairs"
+    assert line(text, "ce") == ["ce", "3", "51.00", "1.00", "-", "-", "-"]
     # gains 1 1 2: mean 4/3, deviation 0.57735, half width 4.303 * 0.57735 / sqrt(3) = 1.434
-    assert line(text, "kd") == ["kd", "3", "52.33", "1.15", "+1.33", "[-0.10,", "+2.77]"]
-    assert line(text, "mine") == ["mine", "3", "54.33", "1.53", "+3.33", "[+1.90,", "+4.77]"]
-    assert line(text, "sky") == ["sky", "51.00", "52.33", "54.33"]
+    assert line(text, "kd")[:2] == ["kd", "4"]
+    assert line(text, "kd")[4:] == ["+1.33", "[-0.10,", "+2.77]", "3"]
+    assert line(text, "mine")[1:] == ["3", "54.33", "1.53", "+3.33", "[+1.90,", "+4.77]", "3"]
+    assert line(text, "sky") == ["sky", "51.00", "61.75", "54.33"]
     assert line(text, "cat") == ["cat", "-", "-", "-"]
+    assert "mIoU: mean over 1 of 2 classes: the others have no labelled pixel" in text
 
 
-def test_runs_without_scores_on_the_split_are_named(tmp_path, run, capsys):
-    folder = tmp_path / "shapes"
-    write_runs(folder, {"ce": [50], "kd": [51], "mine:c2vkd": [53]})
-    write_runs(folder, {"teacher": [80]}, method=None, conditions=None)
-    for name in ("ce-seed0", "kd-seed0", "mine-seed0", "teacher-resnet10", "teacher-resnet10/pool"):
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / "last.pt").touch()
-    for name in ("ce-seed0", "kd-seed0"):
-        shutil.copy(folder / name / "results-val.json", folder / name / "results-test.json")
-    for above in (folder, tmp_path):  # the folder of a data set, or of all
-        run("--compare", above, "--split", "test")
-        text = capsys.readouterr().out
-        assert "NOTE: no test scores of mine-seed0: finish them, or score them with" in text
-    run("--compare", tmp_path)
-    assert "NOTE" not in capsys.readouterr().out
-
-
-def test_gains_against_another_method_are_paired_by_seed_too(tmp_path):
-    write_runs(tmp_path, {"ce": [50, 52, 51, None, 50], "kd": [51, 53, 53],
+def test_gains_against_another_row_are_paired_by_seed_also_where_ce_lacks_it(tmp_path):
+    write_runs(tmp_path, {"ce": [50, 52, 51, None, 50], "kd": [51, 53, 53, 70],
                           "c2vkd": [53, 56, 54, 90], "fitnet": [None, 54],
                           "dkd": [None] * 4 + [51]})
     text = compare(tmp_path, "val", ["kd", "fitnet"])
     kd, fitnet = text.split("against kd")[1].split("against fitnet")
-    # 3 - 2, 4 - 2, 3 - 4: mean 2/3, deviation 1.52753, half width 3.795; then 2, 3, 1
-    assert line(kd, "c2vkd") == ["c2vkd", "3", "+0.67", "[-3.13,", "+4.46]", "+2.00", "[-0.48,",
-                                 "+4.48]"]
-    assert line(kd, "fitnet") == ["fitnet", "1", "+0.00", "(one", "seed)", "+1.00", "(one", "seed)"]
-    assert line(kd, "dkd") == ["dkd", "0", "-", "-", "-", "-"]
-    assert line(fitnet, "c2vkd")[:3] == ["c2vkd", "1", "+0.00"]
-    assert line(text, "fitnet") == ["fitnet", "1", "54.00", "-", "+2.00", "(one", "seed)"]
+    # 3 - 2, 4 - 2, 3 - 4: mean 2/3, deviation 1.52753, half width 3.795; then 2, 3, 1, 20
+    c2vkd = line(kd, "c2vkd")
+    assert c2vkd[1:5] == ["+0.67", "[-3.13,", "+4.46]", "3"]
+    assert (c2vkd[5], c2vkd[8]) == ("+6.50", "4")
+    assert line(kd, "fitnet") == ["fitnet", "+0.00", "(one", "seed)", "1", "+1.00", "(one", "seed)",
+                                  "1"]
+    assert line(kd, "dkd") == ["dkd", "-", "-", "0", "-", "-", "0"]
+    assert line(fitnet, "c2vkd")[:2] == ["c2vkd", "+0.00"]
     assert "\nce" not in kd
     with pytest.raises(InputError, match="--against dist: no gain .* c2vkd, dkd, fitnet, kd"):
         compare(tmp_path, "val", ["dist"])
 
 
-def test_runs_of_different_teachers_are_groups_and_the_student_alone_serves_them_all(tmp_path):
-    conditions = {"crop": 64, "steps": 400}
-    write_runs(tmp_path, {"ce": [50, 52]}, conditions=conditions | {"teacher_identity": None})
-    for steps, miou, weight in ((600, 53, 1), (900, 60, 2)):
-        identity = {"network": "resnet10", "steps": steps}
-        write_runs(tmp_path / f"teacher{steps}", {"c2vkd": [miou, miou]},
-                   conditions=conditions | {"teacher_identity": identity},
-                   options={"weights": {"gb": weight}})
-    first, second = compare(tmp_path, "val").split(f"{tmp_path}: ")[1:]
-    assert first.startswith("val, 400 steps, teacher: steps 600\n")
-    assert second.startswith("val, 400 steps, teacher: steps 900\n")
-    assert line(first, "c2vkd")[4] == "+2.00" and line(second, "c2vkd")[4] == "+9.00"
-    assert line(first, "ce") == line(second, "ce")
-    write_runs(tmp_path / "other", {"kd": [51]},
-               conditions={"crop": 96, "teacher_identity": identity})
-    with pytest.raises(InputError, match="kd-seed0.* differs from .* in crop;"):
-        compare(tmp_path, "val")
+def test_a_table_has_one_teacher_and_the_student_alone_stands_in_each(tmp_path):
+    write_runs(tmp_path, {"ce": [50, 52]})
+    write_runs(tmp_path / "a", {"c2vkd": [53, 53]})
+    write_runs(tmp_path / "b", {"c2vkd": [60, 60]}, teacher="bad")
+    given = {"teacher": {"network": "good", "weights": "sha256 1234"}}
+    write_runs(tmp_path / "c", {"c2vkd": [70, 70]}, stage=given)
+    first, second, third = compare(tmp_path, "val").split(f"{tmp_path}: ")[1:]
+    assert first.startswith("val, 400 steps, teacher network good\n")
+    assert second.startswith("val, 400 steps, teacher network bad\n")
+    assert third.startswith("val, 400 steps, teacher network good, weights sha256 1234\n")
+    for text, gain in ((first, "+2.00"), (second, "+9.00"), (third, "+19.00")):
+        assert line(text, "c2vkd")[4] == gain and line(text, "ce") == line(first, "ce")
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"conditions": {"crop": 96, "steps": 400}}, "in crop;"), ({"step": 300}, "in step;"),
-    ({"conditions": {"crop": 96}, "step": 300}, "in crop, step;"),
-    ({"classes": ["cat", "sky"]}, "in names of the classes;")])
-def test_runs_of_other_conditions_are_refused(tmp_path, changes, named):
-    write_runs(tmp_path, {"ce": [50]})
-    write_runs(tmp_path, {"kd": [51]}, **changes)
-    with pytest.raises(InputError, match=f"kd-seed0.* differs from .*ce-seed0.* {named}"):
-        compare(tmp_path, "val")
+    ({"stage": {"crop": 96}}, "crop 96"), ({"step": 300}, "step 300"),
+    ({"scored": "other"}, "scored other"), ({"stage": {"labels": "x" * 64}}, "labels xxx"),
+    ({"classes": ["cat", "sky"]}, "classes entry 0")])
+def test_runs_of_other_conditions_are_never_mixed(tmp_path, changes, named):
+    write_runs(tmp_path, {"ce": [50], "kd": [51]})
+    write_runs(tmp_path / "other", {"ce": [30], "kd": [90]}, **changes)
+    first, second = compare(tmp_path, "val").split(f"{tmp_path}: ")[1:]
+    assert line(first, "kd")[2] == "51.00" and line(second, "kd")[2] == "90.00"
+    assert line(first, "kd")[4] == "+1.00" and line(second, "kd")[4] == "+60.00"
+    assert named in second.splitlines()[0]
+    shutil.rmtree(tmp_path / "other/ce-seed0")  # without a partner
+    text = compare(tmp_path, "val")
+    assert "90.00" not in text
+    assert line(text, "  kd, seed 0: it differs") and named in text.splitlines()[-1]
 
 
-def test_conditions_that_one_run_lacks_are_compared_among_the_others(tmp_path):
-    write_runs(tmp_path, {"ce": [50]})
-    conditions = {"crop": 64, "steps": 400}
-    write_runs(tmp_path, {"kd": [51]}, conditions=conditions | {"teacher": "good"})
-    assert line(compare(tmp_path, "val"), "kd")[4] == "+1.00"
-    write_runs(tmp_path, {"pdd": [51]}, conditions=conditions | {"teacher": "bad"})
-    with pytest.raises(InputError, match="pdd-seed0.* differs from .*kd-seed0.* in teacher;"):
-        compare(tmp_path, "val")
+def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path):
+    write_runs(tmp_path, {"ce": [50], "kd": [51]})
+    for weight, miou in ((1.0, 60), (2.0, 70)):
+        write_runs(tmp_path / f"w{weight}", {"c2vkd": [miou]},
+                   stage={"weights": {"ce": 1.0, "gb": weight}})
+    text = compare(tmp_path, "val", ["c2vkd"])
+    for weight, miou in (("1.0", "60.00"), ("2.0", "70.00")):
+        assert line(text, f"c2vkd (weights gb {weight})")[5] == miou
+        assert f"against c2vkd (weights gb {weight})" in text
 
 
-@pytest.mark.parametrize("more, changes, named", [
-    ({"ce": [51]}, {}, "a second run of ce, seed 0; keep one"),
-    ({"c2vkd": [None, 20]}, {"options": {"kl": "reverse"}}, "in kl of c2vkd; .*another --name"),
-    ({"c2vkd:kd": [None, 20]}, {"options": {"kl": "forward"}}, "in method of c2vkd;")])
-def test_runs_that_one_name_cannot_hold_are_not_averaged(tmp_path, more, changes, named):
-    write_runs(tmp_path, {"ce": [50, 52], "c2vkd": [53]}, options={"kl": "forward"})
-    write_runs(tmp_path / "more", more, **changes)
-    with pytest.raises(InputError, match=named):
-        compare(tmp_path, "val")
+def test_a_label_makes_a_row_of_its_own_and_never_the_student_alone(tmp_path):
+    write_runs(tmp_path, {"ce": [50], "slow:ce": [40], "kd": [51]})
+    write_runs(tmp_path / "more", {"ce:kd": [45]})
+    text = compare(tmp_path, "val")
+    assert line(text, "kd")[4] == "+1.00" and line(text, "slow")[4] == "-10.00"
+    assert sum(row.startswith("ce (") for row in text.splitlines()) == 2
+
+
+def test_a_second_run_of_a_row_and_seed_is_named_and_not_used(tmp_path):
+    write_runs(tmp_path / "a", {"ce": [50], "kd": [51]})
+    write_runs(tmp_path / "b", {"kd": [90]})
+    text = compare(tmp_path, "val")
+    assert line(text, "kd")[1:3] == ["1", "51.00"] and "90.00" not in text
+    last = text.splitlines()[-1]
+    assert str(tmp_path / "b" / "kd-seed0") in last and str(tmp_path / "a" / "kd-seed0") in last
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{\"miou\": 3}"])
 def test_results_that_cannot_be_read_are_named(tmp_path, text):
     write_runs(tmp_path, {"ce": [50]})
     (tmp_path / "ce-seed0" / "results-val.json").write_text(text)
-    named = "ce-seed0/results-val.json: missing or not readable; run evaluate.py"
-    with pytest.raises(InputError, match=named):
+    with pytest.raises(InputError, match="ce-seed0/results-val.json: missing or not readable"):
         compare(tmp_path, "val")
 
 
-def test_compare_from_the_command_line_writes_nothing(tmp_path, run, capsys):
-    write_runs(tmp_path, {"ce": [50, 52], "kd": [51, 52]})
+def test_runs_without_scores_on_the_split_are_named_and_nothing_is_written(tmp_path, run):
+    folder = tmp_path / "shapes"
+    write_runs(folder, {"ce": [50], "kd": [51], "mine:c2vkd": [53]})
+    for name in ("ce-seed0", "kd-seed0", "mine-seed0", "teacher-resnet10", "teacher-resnet10/pool"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "last.pt").touch()
+    for name in ("ce-seed0", "kd-seed0"):
+        shutil.copy(folder / name / "results-val.json", folder / name / "results-test.json")
     files = sorted(tmp_path.rglob("*"))
-    run("--compare", tmp_path, "--against", "kd", "--split", "val")
-    text = capsys.readouterr().out
-    assert text.startswith(f"{tmp_path}: val, 400 steps\n") and "against kd" in text
+    for above in (folder, tmp_path):  # the folder of a data set, or of all
+        text = run("compare", above, "--split", "test", "--against", "kd")
+        assert text.startswith(f"{above}: test, 400 steps\n") and "against kd" in text
+        assert "NOTE: no test scores of mine-seed0: finish them" in text
+    assert "NOTE" not in run("compare", tmp_path)
     assert sorted(tmp_path.rglob("*")) == files
-    with pytest.raises(InputError, match="no results-test.json of a student below it"):
-        run("--compare", tmp_path, "--split", "test")

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 from losses import Method, Outputs
-from student import Student, StudentWithHeads
-from teacher import AttentionPool, Teacher, pool_grid
-from train import gradient_norms_and_cosines
+from student import VARIANTS, Student, StudentWithHeads
+from teacher import TEACHERS, AttentionPool, Teacher, pool_grid
 
 IGNORE = 255
 KL = ("forward", "reverse")
@@ -187,18 +186,6 @@ def gb_of_maps(S, T, labels, kl):
     return losses.global_visual_loss(S, T, kl)
 
 
-def pc_of_maps(S, T, labels):
-    return losses.patch_loss(S, T)
-
-
-def fitnet_of_maps(S, T, labels):
-    return losses.fitnet_loss(S, T)
-
-
-def ce_of_logits(S, T, labels):
-    return losses.cross_entropy(S, labels)
-
-
 def ifvd_of_maps(S, T, labels):
     return losses.ifvd_loss(S, T, labels, CLASSES)
 
@@ -209,8 +196,8 @@ FEATURES = {  # no labels
     "lc reverse": (partial(lc_of_maps, kl="reverse"), partial(linguistic, kl="reverse")),
     "gb forward": (partial(gb_of_maps, kl="forward"), partial(global_visual, kl="forward")),
     "gb reverse": (partial(gb_of_maps, kl="reverse"), partial(global_visual, kl="reverse")),
-    "pc": (pc_of_maps, patch),
-    "fitnet": (fitnet_of_maps, fitnet),
+    "pc": (lambda S, T, labels: losses.patch_loss(S, T), patch),
+    "fitnet": (lambda S, T, labels: losses.fitnet_loss(S, T), fitnet),
 }
 MASKED_FEATURES = {
     "skd": (losses.skd_loss, skd),
@@ -220,11 +207,8 @@ MASKED_FEATURES = {
 LOGITS = {
     "pdd forward": (partial(losses.pdd_loss, kl="forward"), partial(pdd, kl="forward")),
     "pdd reverse": (partial(losses.pdd_loss, kl="reverse"), partial(pdd, kl="reverse")),
-    "pdd forward where right": (partial(losses.pdd_loss, everywhere=False),
-                                partial(pdd, kl="forward", everywhere=False)),
-    "pdd reverse where right": (partial(losses.pdd_loss, kl="reverse", everywhere=False),
-                                partial(pdd, kl="reverse", everywhere=False)),
-    "ce": (ce_of_logits, cross_entropy),
+    "pdd where right": (losses.pdd_where_right, partial(pdd, kl="forward", everywhere=False)),
+    "ce": (lambda S, T, labels: losses.cross_entropy(S, labels), cross_entropy),
     "kd": (losses.kd_loss, kd),
     "kd T=2": (partial(losses.kd_loss, temperature=2.0), partial(kd, temperature=2)),
     "cwd": (losses.cwd_loss, cwd),
@@ -362,21 +346,20 @@ def test_forward_pdd_is_half_of_cross_entropy_with_the_mixed_target_less_its_ent
     assert close(losses.pdd_loss(S, T, labels), wanted, 1e-12)
 
 
-def test_pdd_leaves_a_pixel_to_its_label_where_the_teacher_is_wrong():
+def test_pdd_where_right_leaves_a_pixel_to_its_label_where_the_teacher_is_wrong():
     labels = torch.zeros(1, 1, 3, dtype=torch.long)
     z_S = torch.zeros(1, 2, 1, 3)
     m_T = torch.tensor([3.0, -3.0, 0.0])  # right, wrong, and just not right
     z_T = torch.stack([m_T, torch.zeros(3)])[None, :, None]
     mixed = ((1 + m_T.sigmoid()) / 2).tolist()
 
-    def targets(everywhere):
+    def targets(loss):
         """q_t of each pixel, from the derivative 1/2 (p_t - q_t) of each of the three summands."""
-        loss = partial(losses.pdd_loss, everywhere=everywhere)
         _, gradient = value_and_gradient(loss, z_S, z_T, labels)
         return (0.5 - 6 * gradient[0, 0, 0]).tolist()
 
-    assert targets(everywhere=False) == pytest.approx([mixed[0], 1, 1])
-    assert targets(everywhere=True) == pytest.approx(mixed)
+    assert targets(losses.pdd_where_right) == pytest.approx([mixed[0], 1, 1])
+    assert targets(losses.pdd_loss) == pytest.approx(mixed)
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -433,55 +416,6 @@ def test_the_patch_loss_does_not_amplify_the_rounding_of_tf32(shape, student, ha
     assert (gradient - wanted_gradient).norm() < of_gradient * wanted_gradient.norm()
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of all tensors made and not yet freed. peak: the most after any operation."""
-
-    def __init__(self):
-        super().__init__()
-        self.made, self.peak = {}, 0
-
-    def bytes(self):
-        self.made = {key: (ref, n) for key, (ref, n) in self.made.items() if not ref.expired()}
-        return sum(n for _, n in self.made.values())
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self.bytes())
-        return result
-
-
-FULL_SIZE = {
-    "pdd": lambda S, T, labels: losses.pdd_loss(S, T, labels),
-    "ce": lambda S, T, labels: losses.cross_entropy(S, labels),
-}
-
-
-@pytest.mark.parametrize("name", FULL_SIZE)
-def test_full_size_logits_exist_for_one_image_at_a_time(name):
-    K, side = 100, 32
-
-    def kept_and_peak(B):
-        S, T = torch.randn(2, B, K, 4, 4)
-        labels = torch.randint(K, (B, side, side))
-        S = S.clone().requires_grad_()
-        with Alive() as alive:
-            loss = FULL_SIZE[name](S, T, labels)
-            kept = alive.bytes()
-            loss.backward()
-        return kept, alive.peak
-
-    (kept, peak), (kept_of_6, peak_of_6) = kept_and_peak(2), kept_and_peak(6)
-    label_map, logits = 4 * side * side, 4 * K * side * side  # bytes of H,W and of K,H,W floats
-    # an image; measured: PDD keeps 11.4 label maps, cross-entropy 3.8, the small logits among them
-    assert kept < 2 * 16 * label_map < logits and (kept_of_6 - kept) / 4 < 16 * label_map
-    # the backward pass holds a few times one image's logits, and little more for more images
-    assert logits < peak < 8 * logits and (peak_of_6 - peak) / 4 < 16 * label_map
-
-
 def literal_margin(z, labels):
     """Eq. 8 by its definition, with all full-size logits at once."""
     target = labels.where(labels != IGNORE, 0)[:, None]
@@ -494,23 +428,21 @@ def literal_cross_entropy(z, labels):
     return -z.log_softmax(1).gather(1, target).squeeze(1)
 
 
-def by_pixel(name):
-    """Our form and the definition: from logits and labels to the values of all pixels (B,H,W)."""
-    if name == "margin":
-        return losses.margin, literal_margin
+def pixels_of_cross_entropy(z, labels):
+    return losses.FullSize.apply(z, labels, losses.cross_entropy_of_rows,
+                                 losses.derivative_of_cross_entropy)
 
-    def ours(z, labels):
-        with pytest.MonkeyPatch.context() as patch:  # without the mean
-            patch.setattr(losses, "masked_mean", lambda values, mask: values)
-            return losses.cross_entropy(z, labels)
 
-    return ours, literal_cross_entropy
+BY_PIXEL = {  # ours and the definition: from logits and labels to the values of all pixels (B,H,W)
+    "margin": (losses.margin, literal_margin),
+    "cross_entropy": (pixels_of_cross_entropy, literal_cross_entropy),
+}
 
 
 @pytest.mark.parametrize("size", [(11, 16), (3, 4)], ids=["larger", "as large"])
-@pytest.mark.parametrize("name", ["margin", "cross_entropy"])
+@pytest.mark.parametrize("name", BY_PIXEL)
 def test_the_backward_pass_is_autograds_through_all_full_size_logits(name, size):
-    ours, literal = by_pixel(name)
+    ours, literal = BY_PIXEL[name]
     S = inputs("pdd forward", (3, 5, 3, 4))[0]
     labels = inputs("pdd forward", (3, 5, *size))[2]
     upstream = torch.randn(3, *size, dtype=torch.float64)
@@ -525,9 +457,9 @@ def test_the_backward_pass_is_autograds_through_all_full_size_logits(name, size)
     assert torch.autograd.gradcheck(lambda z: ours(z, few), S[:1].requires_grad_())
 
 
-@pytest.mark.parametrize("name", ["margin", "cross_entropy"])
+@pytest.mark.parametrize("name", BY_PIXEL)
 def test_half_precision_logits_get_gradients_of_their_own_precision(name):
-    ours, _ = by_pixel(name)
+    ours, _ = BY_PIXEL[name]
     S, _, labels = inputs("pdd forward", dtype=torch.bfloat16)
     values = ours(S.requires_grad_(), labels)
     values.sum().backward()
@@ -536,54 +468,42 @@ def test_half_precision_logits_get_gradients_of_their_own_precision(name):
     assert close(S.grad.float(), wanted, 2 ** -8)
 
 
+def test_networks_of_unequal_batches_are_refused():
+    z, labels = torch.randn(3, 5, 2, 2), torch.randint(5, (2, 4, 4))
+    with pytest.raises(ValueError, match="zip"):
+        losses.margin(z, labels)
+
+
 # ---------------------------------------------------------------- total and weights
 
 def test_total_is_the_weighted_sum_of_equation_10():
     terms = {"pdd": 0.7, "gb": 3.0, "pc": 0.2, "lc": 1.1}
-    total = losses.total_loss(terms, losses.c2vkd_weights("summed", c_teacher=512))
-    assert total == pytest.approx(0.7 + 0.1 * 3.0 + 0.1 * 0.2 + 0.5 * 1.1)
+    total = losses.total_loss(terms, losses.METHODS["c2vkd"].weights)
+    assert total == pytest.approx(0.7 + 1 * 3.0 + 2 * 0.2 + 0.2 * 1.1)
 
 
 @pytest.mark.filterwarnings("ignore:reduction")  # the mean over elements is what the release takes
-def test_released_weights_reproduce_the_released_objective():
-    S, T, labels = inputs("pdd forward")
-    V_S, V_T, _ = inputs("gb", (2, 6, 3, 4))
-    e_S, e_T = torch.randn(2, 2, 8, dtype=torch.float64)
-    terms = {"pdd": losses.pdd_loss(S, T, labels), "gb": losses.global_visual_loss(V_S, V_T),
-             "pc": losses.patch_loss(V_S, V_T), "lc": losses.linguistic_loss(e_S, e_T)}
+def test_weights_that_reproduce_the_released_objective():
+    C, embedding = 6, 8
+    V_S, V_T, _ = inputs("gb", (2, C, 3, 4))
+    e_S, e_T = torch.randn(2, 2, embedding, dtype=torch.float64)
     mean = torch.nn.KLDivLoss(reduction="mean", log_target=True)
 
     def affinity(V):
-        rows = F.normalize(V.permute(0, 2, 3, 1).reshape(-1, V.shape[1]), dim=1)
+        rows = F.normalize(V.permute(0, 2, 3, 1).reshape(-1, C), dim=1)
         rows = rows - rows.mean(1, keepdim=True)
-        return rows @ rows.T / (V.shape[1] - 1)
+        return rows @ rows.T / (C - 1)
 
-    released = {"pdd": terms["pdd"],
-                "gb": 0.1 * mean(V_S.log_softmax(1), V_T.log_softmax(1)),
-                "pc": 0.1 * F.mse_loss(affinity(V_S), affinity(V_T)),
-                "lc": 0.5 * mean(e_S.log_softmax(1), e_T.log_softmax(1))}
-    weights = losses.c2vkd_weights("released", c_teacher=6, embedding=8)
-    assert all(close(weights[name] * terms[name], released[name], 1e-12) for name in terms)
-    assert close(losses.total_loss(terms, weights), sum(released.values()), 1e-12)
+    pairs = {"gb": (losses.global_visual_loss(V_S, V_T) / C,
+                    mean(V_S.log_softmax(1), V_T.log_softmax(1))),
+             "pc": (losses.patch_loss(V_S, V_T) / (C - 1) ** 2,
+                    F.mse_loss(affinity(V_S), affinity(V_T))),
+             "lc": (losses.linguistic_loss(e_S, e_T) / embedding,
+                    mean(e_S.log_softmax(1), e_T.log_softmax(1)))}
+    assert all(close(ours, released, 1e-12) for ours, released in pairs.values())
 
 
 # ---------------------------------------------------------------- what each method reads
-
-OF_METHOD = {  # its terms, and what they read besides the student's own outputs
-    "c2vkd": ("pdd gb pc lc", "teacher A_v A_l"),
-    "ce": ("ce", ""),
-    "kd": ("ce kd", "teacher"),
-    "cwd": ("ce kd cwd", "teacher"),
-    "skd": ("ce kd skd", "teacher"),
-    "ifvd": ("ce kd ifvd", "teacher"),
-    "cirkd": ("ce kd cirkd", "teacher"),
-    "dist": ("ce dist", "teacher"),
-    "dkd": ("ce dkd", "teacher"),
-    "fitnet": ("ce fitnet", "teacher A_v"),
-    "pdd_fitnet": ("pdd fitnet", "teacher A_v"),
-    "vlfd": ("ce gb pc lc", "teacher A_v A_l"),
-}
-
 
 def made_up_outputs(needs):
     """S, T and labels (32x32, in cells of 8x8), without the maps that are not needed.
@@ -599,28 +519,47 @@ def made_up_outputs(needs):
     S = Outputs(z_S, torch.full((2, 1, 2, 3), torch.nan), D_S, A_v if "A_v" in needs else None,
                 e_S if "A_l" in needs else None)
     T = Outputs(z_T, F_T if "A_v" in needs else None, D_T, None, e_T if "A_l" in needs else None)
+    if "earlier" in needs:
+        S = S._replace(earlier=(torch.randn(2, 3, 4, 5, dtype=torch.float64),))
+        T = T._replace(earlier=(3 + 2 * torch.randn(2, 3, 9, 8, dtype=torch.float64),))
     few = inputs("pdd forward", (2, CLASSES, 4, 4))[2]
     labels = few.repeat_interleave(8, 1).repeat_interleave(8, 2)
     return S, T if "teacher" in needs else None, labels, few
 
 
-def terms_by_definition(names, S, T, labels, few, kl="forward"):
+resize = partial(F.interpolate, mode="bilinear", align_corners=False)
+
+
+def visual_pairs(S, T):
+    """V^S and V^T of each depth by definition: twice the student's grid, at most the teacher's."""
+    if not S.earlier:
+        return [(resize(S.projected, (4, 5)), resize(T.feature, (4, 5)))]
+    maps = zip((S.earlier[0], S.projected), (T.earlier[0], T.feature), ((8, 8), (4, 5)))
+    pairs = []
+    for map_S, map_T, grid in maps:
+        deviation = (map_T.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+        standardised = (map_T - map_T.mean((0, 2, 3), keepdim=True)) / deviation
+        pairs.append((resize(map_S, grid), resize(standardised, grid)))
+    return pairs
+
+
+def terms_by_definition(method, S, T, labels, few):
     """Eq. 9 and cross-entropy at full size, Eq. 4 and 7 on V's grid, others' terms at crop/8."""
-    resize = partial(F.interpolate, mode="bilinear", align_corners=False)
+    kl = "reverse" if method == "c2vkd_reverse" else "forward"
     wanted = {}
-    for name in names:
+    for name in losses.METHODS[method].weights:
         if name == "ce":
             wanted[name] = cross_entropy(resize(S.logits, (32, 32)), None, labels)
         elif name == "pdd":
             wanted[name] = pdd(resize(S.logits, (32, 32)), resize(T.logits, (32, 32)), labels, kl,
-                               everywhere=False)
+                               everywhere=method != "c2vkd_right")
         elif name == "lc":
             e_S, e_T = (x.embedding[:, :, None, None] for x in (S, T))
             wanted[name] = linguistic(e_S, e_T, None, kl)
         elif name in ("gb", "pc", "fitnet"):
-            grid = 4, 5  # twice 2x3, at most 5x5
             oracle = partial(global_visual, kl=kl) if name == "gb" else TERMS[name][1]
-            wanted[name] = oracle(resize(S.projected, grid), resize(T.feature, grid), None)
+            pairs = visual_pairs(S, T)
+            wanted[name] = torch.cat([oracle(*pair, None) for pair in pairs]) / len(pairs)
         else:
             maps = S.logits, T.logits
             if name in MASKED_FEATURES:
@@ -629,34 +568,25 @@ def terms_by_definition(names, S, T, labels, few, kl="forward"):
     return wanted
 
 
-@pytest.mark.parametrize("method, kl", [*((m, "forward") for m in OF_METHOD),
-                                        ("c2vkd", "reverse"), ("vlfd", "reverse")])
-def test_each_method_reads_the_maps_of_its_terms_and_nothing_else(method, kl):
-    names, needs = OF_METHOD[method]
+DEFINED = {"pdd", "lc", "gb", *TERMS}
+TRIED = [name for name, row in losses.METHODS.items() if row.weights.keys() <= DEFINED]
+
+
+@pytest.mark.parametrize("method", TRIED)
+def test_each_method_reads_the_maps_of_its_terms_and_nothing_else(method):
     row = losses.METHODS[method]
-    assert set(row.needs) == set(needs.split()) and set(row.weights) == set(names.split())
-    S, T, labels, few = made_up_outputs(needs)
-    terms = row.terms(S, T, labels, kl=kl)
-    wanted = terms_by_definition(names.split(), S, T, labels, few, kl)
+    S, T, labels, few = made_up_outputs(row.needs)
+    terms = row.function(S, T, labels)
+    wanted = terms_by_definition(method, S, T, labels, few)
     assert set(terms) == set(wanted)
     for name, summands in wanted.items():
         assert close(terms[name], summands.sum(), 1e-10, summands.abs().sum()), name
 
 
-def test_every_method_is_tried():
-    assert losses.METHODS.keys() == OF_METHOD.keys()
-
-
-def test_a_method_gets_the_options_that_it_asks_for_and_needs_are_known_words():
-    told = Method(lambda S, T, labels, kl: {"x": kl}, {"x": 1.0})
-    deaf = Method(lambda S, T, labels: {"x": "nothing"}, {"x": 1.0})
-    both = dict(kl="reverse", everywhere=True)
-    assert told.terms(None, None, None, **both)["x"] == "reverse"
-    assert deaf.terms(None, None, None, **both)["x"] == "nothing"
-    assert told.takes("kl") and not told.takes("everywhere")
-    for needs in ({"teacher", "A_w"}, "teacher A_v"):
-        with pytest.raises(ValueError, match="a method can need"):
-            Method(told.function, {"x": 1.0}, needs)
+@pytest.mark.parametrize("needs", [{"teacher", "A_w"}, "teacher A_v", {nn.Identity, nn.ReLU}])
+def test_needs_that_nobody_fills_are_refused(needs):
+    with pytest.raises(ValueError, match="a method can need"):
+        Method(losses.ce, {"ce": 1.0}, needs)
 
 
 def test_absent_classes_weigh_in_dist_as_its_authors_let_them():
@@ -681,7 +611,7 @@ def test_every_logit_of_a_fine_student_gets_a_gradient_from_the_coarse_grid():
     z_S = torch.randn(1, 3, 32, 32, requires_grad=True)  # mit_nano's at crop 64
     S = Outputs(z_S, None, None)
     T = Outputs(torch.randn(1, 3, 8, 8), None, None)
-    terms = losses.METHODS["kd"].terms(S, T, torch.randint(3, (1, 64, 64)))
+    terms = losses.kd(S, T, torch.randint(3, (1, 64, 64)))
     gradient, = torch.autograd.grad(terms["kd"], z_S)
     assert (gradient != 0).all()
 
@@ -701,18 +631,47 @@ def test_grids_of_the_visual_maps_and_of_the_pool(student, teacher, crop, of_V, 
     assert pool_grid(frozen, crop, "meta") == of_P
 
 
+def pairs_of_depths(S, T):
+    """[(V^S_i, V^T_i), ...], which mean_over_depths hands to its loss."""
+    pairs = []
+
+    def loss(V_S, V_T):
+        pairs.append((V_S, V_T))
+        return V_S.mean()
+
+    losses.mean_over_depths(loss, S, T)
+    return pairs
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_maps_meet_at_every_depth_of_every_teacher_and_student(name):
+    kind = TEACHERS[name]
+    channels = *kind.earlier, kind.channels
+    with torch.device("meta"):
+        frozen, image = Teacher(name, K).freeze(), torch.empty(2, 3, 128, 128)
+        T = frozen(image)
+        for variant in VARIANTS:
+            needs = losses.METHODS["c2vkd_multi"].needs
+            net = StudentWithHeads(Student(variant, K), frozen.channels, 0, needs, frozen.earlier)
+            S = net.eval()(image)
+            sides = [min(2 * x.shape[-1], y.shape[-1]) for x, y in
+                     zip((*S.earlier, S.projected), (*T.earlier, T.feature), strict=True)]
+            wanted = [(2, C, side, side) for C, side in zip(channels, sides, strict=True)]
+            found = pairs_of_depths(S, T)
+            assert [V_S.shape for V_S, _ in found] == [V_T.shape for _, V_T in found] == wanted
+    assert len(channels) == 4 and sides == sorted(sides, reverse=True)
+
+
+def test_depths_that_have_no_partner_are_refused():
+    S, T, *_ = made_up_outputs({"teacher", "A_v", "earlier"})
+    for lame in ((S._replace(earlier=()), T), (S, T._replace(earlier=()))):
+        with pytest.raises(ValueError, match="zip"):
+            losses.mean_over_depths(losses.patch_loss, *lame)
+
+
 # ---------------------------------------------------------------- the terms in the networks
 
 CROP, K = 64, 5
-
-
-@pytest.fixture
-def networks():
-    torch.manual_seed(0)
-    teacher = Teacher("deeplabv3_resnet10", K).freeze()
-    net = StudentWithHeads(Student("mit_nano", K), teacher.channels).train()
-    pool = AttentionPool(teacher.channels, pool_grid(teacher, CROP, "cpu")).requires_grad_(False)
-    return net, teacher, pool
 
 
 def batch():
@@ -721,48 +680,82 @@ def batch():
     return torch.randn(2, 3, CROP, CROP), labels
 
 
-def c2vkd_terms(networks, images, labels):
-    net, teacher, pool = networks
+def network_and_terms(row, depths=3):
+    """A student with the heads of a Method, its teacher and the terms of a batch."""
+    torch.manual_seed(0)
+    teacher = Teacher("deeplabv3_resnet10", K).freeze()
+    pool = AttentionPool(teacher.channels, pool_grid(teacher, CROP, "cpu")).requires_grad_(False)
+    channels = teacher.earlier[3 - depths:]
+    net = StudentWithHeads(Student("mit_nano", K), teacher.channels, 0, row.needs, channels).train()
+    images, labels = batch()
     T = teacher(images)
-    return losses.c2vkd(net(images), T._replace(embedding=pool(T.feature)), labels)
+    T = T._replace(embedding=pool(T.feature), earlier=T.earlier[3 - depths:])
+    return net, teacher, row.function(net(images), T, labels)
 
 
-def test_each_term_reaches_exactly_its_parameters(networks):
-    net = networks[0]
-    terms = c2vkd_terms(networks, *batch())
+REACHED = {
+    "c2vkd": {"pdd": {"encoder", "decoder"}, "gb": {"encoder", "A_v"}, "pc": {"encoder", "A_v"},
+              "lc": {"encoder", "A_l"}},
+    "c2vkd_multi": {"ce": {"encoder", "decoder"}, "gb": {"encoder", "A_v", "earlier"},
+                    "pc": {"encoder", "A_v", "earlier"}, "lc": {"encoder", "A_l"}},
+}
+
+
+@pytest.mark.parametrize("method", REACHED)
+def test_each_term_reaches_exactly_its_parameters(method):
+    net, teacher, terms = network_and_terms(losses.METHODS[method])
     parts = {"encoder": net.student.encoder, "decoder": net.student.decoder, **net.heads}
-    wanted = {"pdd": {"encoder", "decoder"}, "gb": {"encoder", "A_v"}, "pc": {"encoder", "A_v"},
-              "lc": {"encoder", "A_l"}}
-    assert set(terms) == set(wanted)
+    assert set(terms) == set(REACHED[method])
+    assert not any(p.requires_grad for p in teacher.parameters())
     for name, term in terms.items():
         for part, module in parts.items():
             gradients = torch.autograd.grad(term, list(module.parameters()), retain_graph=True,
                                             allow_unused=True)
-            if part in wanted[name]:
+            if part not in REACHED[method][name]:
+                assert all(g is None for g in gradients), (name, part)
+            elif part in net.heads:
+                assert all(g.any() for g in gradients), (name, part)
+            else:
                 assert all(g is not None for g in gradients), (name, part)
                 assert any(g.any() for g in gradients), (name, part)
-            else:
-                assert all(g is None for g in gradients), (name, part)
 
 
-def test_gradient_norms_and_cosines_are_those_of_a_backward_pass(networks):
-    net, encoder = networks[0], networks[0].student.encoder
-    images, labels = batch()
-    terms = c2vkd_terms(networks, images, labels)
-    ce = losses.cross_entropy(net(images).logits, labels)
+@pytest.mark.parametrize("depths", [0, 1, 2])
+def test_a_teacher_of_fewer_depths_meets_the_students_last_stages(depths):
+    row = losses.METHODS["c2vkd_multi"]
+    net, _, terms = network_and_terms(row, depths)
+    heads = net.heads["earlier"]
+    assert [h.in_channels for h in heads] == list(net.student.dims[3 - depths:3])
+    losses.total_loss(terms, row.weights).backward()
+    assert len(heads) == depths and all(head.weight.grad.any() for head in heads)
+    assert net.heads["A_v"].weight.grad.any()
 
-    def gradient(term):
-        encoder.zero_grad()
-        term.backward(retain_graph=True)
-        return torch.cat([p.grad.flatten() for p in encoder.parameters()]).double()
 
-    towards = gradient(ce)
-    found = gradient_norms_and_cosines(terms, ce, encoder)
-    for (norm, cosine), term in zip(found, terms.values(), strict=True):
-        wanted = gradient(term)
-        assert norm == pytest.approx(wanted.norm().item(), rel=1e-5)
-        assert cosine == pytest.approx(F.cosine_similarity(wanted, towards, 0).item(), abs=1e-5)
-    assert found[0][1] > 0.5  # PDD pulls as cross-entropy does
+class LearnedTemperature(nn.Module):
+    """A projection of a student's map and a temperature, as a loss of one's own may need them."""
+
+    def __init__(self, student, c_teacher):
+        super().__init__()
+        self.projection = nn.Conv2d(student.dims[2], c_teacher, 1)
+        self.log_tau = nn.Parameter(torch.zeros(()))
+
+    def forward(self, S):
+        return self.projection(S.earlier[2]), self.log_tau.exp()
+
+
+def test_a_method_may_bring_parameters_that_train_with_the_student():
+    def own(S, T, labels):
+        projected, tau = S.own
+        V_S, V_T = losses.visual_maps(S._replace(projected=projected / tau), T)
+        return {"ce": losses.cross_entropy(S.logits, labels), "own": losses.fitnet_loss(V_S, V_T)}
+
+    row = Method(own, {"ce": 1.0, "own": 1.0}, {"teacher", LearnedTemperature})
+    net, _, terms = network_and_terms(row)
+    losses.total_loss(terms, row.weights).backward()
+    names = {name for name in net.state_dict() if name.startswith("heads.")}
+    assert names == {"heads.own.projection.weight", "heads.own.projection.bias",
+                     "heads.own.log_tau"}
+    assert all(p.grad.any() for p in net.heads.parameters())
 
 
 # ---------------------------------------------------------------- the differences
