@@ -4,7 +4,7 @@
 
 Every label leaves this file as uint8 class indices with 255 = ignore, every image as uint8 RGB.
 The data sets and what networks see of them come first, then layouts, reading and the check. The
-last third is no longer about data: errors, options, files and weights, as all scripts use them.
+last quarter is no longer about data: errors, options, files and weights, as all scripts use them.
 """
 import argparse
 import colorsys
@@ -119,7 +119,7 @@ class DataSet:
             class_of = {(k, k, k): k for k in range(len(self.classes))} | class_of
         for index in used:
             k = class_of.get(colours[index], index)
-            # Palettes are padded: where index k has the colour, too, another does not mean class k.
+            # Unused entries are filled with a used colour. Where entry k has it, this is filling.
             padding = k != IGNORE and colours[k:k + 1] == [colours[index]]
             if k != index and not padding:
                 return True
@@ -150,8 +150,8 @@ class DataSet:
 def open_dataset(name, root=None, missing_ok=False):
     """The DataSet `name` under `root` (default data/NAME), made or downloaded where possible.
 
-    name: one of DATASETS. Raises InputError where files are missing. With missing_ok, a single
-    missing file is left for `read` to name.
+    name: one of DATASETS. Raises InputError where files are missing. With missing_ok,
+    those are left for `read` to name.
     """
     root = Path(root or Path("data") / name)
     if name == "shapes" and not root.is_dir():

@@ -456,7 +456,7 @@ def report_terms(folder, weights):
     all validations but that of step 0.
     """
     wanted = ["step", *(f"raw_{term}" for term in weights), *(f"grad_{term}" for term in weights)]
-    rows = [row for row in read_log(folder / "log.csv", wanted) if row["step"]]
+    rows = read_log(folder / "log.csv", wanted)
     if not rows:
         return
     norms = {term: [abs(weight) * row[f"grad_{term}"] for row in rows]
@@ -537,7 +537,7 @@ def load_network(path, device="cpu"):
     return model.to(device, memory_format=layout).eval(), state
 
 
-# Keys copied from last.pt. scored: labels_digest of the split.
+# Keys of a last.pt, and scored: labels_digest of the split.
 RESULT_KEYS = ("label", "method", "seed", "stage", "classes", "step", "scored")
 
 

@@ -16,9 +16,9 @@ the teacher's tensors.
     p_t, p_nt log_p_t, ...      probability of the label's class, of all others          B,H,W
     m         m_S, m_T          margin: the logit of p_t, so p_t = sigmoid(m)            B,H,W
     q         log_q_t, ...      the teacher's (p_t, p_nt) mixed with the label's (1, 0)  B,H,W
-    F^T_i     T.earlier         ours: the teacher's maps of the depths i before F^T      B,C_i,h,w
-    F^S_i     S.earlier         ours: the student's, by an A_v,i each in C_i channels    B,C_i,h,w
-    V^S_i ... V_S, V_T          ours: V^S and V^T at depth i, see mean_over_depths       B,C_i,h,w
+    F^T_i     T.earlier         ours: the teacher's maps of the depths i before F^T      B,C_T,i,h,w
+    A_v,i ... S.earlier         ours: the student's F^S_i, each by a 1x1 convolution     B,C_T,i,h,w
+    V^S_i ... V_S, V_T          ours: V^S and V^T at depth i, see mean_over_depths       B,C_T,i,h,w
 
 S and T are the two networks' Outputs. K counts classes, C channels. H,W is the size of the labels
 and h,w the tensor's own grid. On the matrices X, Y, Z and D the ^T means transposed. Everywhere
@@ -28,8 +28,8 @@ Each KL of C2VKD sums over one distribution: the channels in Eq. 4, the coordina
 pair in Eq. 9. It is then averaged over images and places, in Eq. 9 over labelled pixels. `kl` is
 the direction: "forward" is KL(teacher || student), "reverse" is KL(student || teacher). Everything
 is computed in at least float32, but train.py lets a GPU round what enters matrix products to TF32.
-Comments that begin with "differs" or "unstated" mark where this file departs from the paper or from
-the authors' released code, and where the paper is silent.
+Comments that begin with "differs" mark what is not as in the paper or in the authors' released
+code, "unstated" what the paper leaves open.
 """
 import itertools
 import math
@@ -46,7 +46,7 @@ IGNORE = 255  # as in data.py. This file imports no other of ours
 
 
 class Outputs(NamedTuple):
-    """What a network hands to the losses, by the table above. None or () if no loss needs it."""
+    """What a network hands to the losses, by the table above. None or () where nothing fills it."""
     logits: torch.Tensor  # z
     feature: torch.Tensor  # F
     before_classifier: torch.Tensor  # B,C,h,w: what the last 1x1 convolution turns into logits
@@ -118,7 +118,7 @@ def global_visual_loss(V_S, V_T, kl="forward"):
 def patch_rows(V):
     """Eq. 5: V (B,C,h,w) -> X (N,C), a row of channels for each of the N = B h w patches.
 
-    Each row is divided by its L2 norm, then its own mean is subtracted. The order is the release's.
+    Each row is divided by its L2 norm, then its own mean is subtracted, as in the release.
     """
     rows = at_least_float32(V).flatten(2).transpose(1, 2).flatten(0, 1)  # N,C
     rows = F.normalize(rows, dim=1)
@@ -126,7 +126,9 @@ def patch_rows(V):
 
 
 def patch_loss(V_S, V_T):
-    """Eq. 6-7: L_pc = 1/N^2 sum_ij (M^S_ij - M^T_ij)^2, with M = X X^T and X the rows of Eq. 5.
+    """Eq. 6-7: L_pc = 1/N^2 sum_ij (M^S_ij - M^T_ij)^2, with M^S = X X^T and M^T = Y Y^T.
+
+    X and Y are the rows of Eq. 5, of student and teacher.
 
     V_S, V_T: (B,C,h,w). i and j run over all patches of the batch, across images too.
     """
@@ -214,7 +216,7 @@ def c2vkd_right(S, T, labels):
 
 
 def pdd_where_right(z_S, z_T, labels):
-    """Eq. 9, but by the label alone, as with q_t = 1, at a pixel where p_t^T is at most 1/2.
+    """Eq. 9, with q_t = 1, which is the label alone, wherever p_t^T is at most 1/2.
 
     In Eq. 9, q_t falls towards 1/2 where the teacher is wrong, and the student loses the classes
     that the teacher does not find. This is the rule of conditional teacher-student learning,
@@ -236,7 +238,7 @@ def pdd_fitnet(S, T, labels):
 
 
 def c2vkd_multi(S, T, labels):
-    """Eq. 4-7 at every depth, beside cross-entropy and Eq. 3."""
+    """Eq. 4-7 at every depth, on standardised V^T_i, beside cross-entropy and Eq. 3."""
     return {"ce": cross_entropy(S.logits, labels),
             "gb": mean_over_depths(global_visual_loss, S, T),
             "pc": mean_over_depths(patch_loss, S, T),
@@ -261,7 +263,7 @@ def mean_over_depths(loss, S, T):
         return loss(*visual_maps(S._replace(projected=map_S), T._replace(feature=map_T)))
 
     pairs = list(zip((*S.earlier, S.projected), (*T.earlier, T.feature), strict=True))
-    # early maps are large, and what a loss makes of them too. So the backward pass repeats it
+    # early maps are large: keep nothing of a depth's loss, compute it again in the backward pass
     terms = [recompute(at_depth, *pair, use_reentrant=False) for pair in pairs]
     return sum(terms) / len(terms)
 
@@ -356,7 +358,8 @@ def process_count():
 def all_sum(x):
     """Sum of x over all processes. With one process it is x itself.
 
-    Its gradient gets their number as a factor, which DistributedDataParallel's mean undoes.
+    Backwards, x gets the gradient times the number of processes. The mean that
+    DistributedDataParallel takes then divides it again.
     """
     if process_count() == 1:
         return x
@@ -486,8 +489,8 @@ def ifvd_loss(map_S, map_T, labels, classes):
 def cirkd_loss(map_S, map_T, labels, temperature=0.1):
     """CIRKD, 2204.06986, mini-batch part: KL(teacher || student) of pixel-to-pixel affinities.
 
-    For an ordered pair of images (i, j), a pixel's affinities are the softmax over the pixels of j
-    of its cosines with them, divided by the temperature. Mean over labelled pixels and over pairs.
+    For an ordered pair of images (i, j), a pixel of i has a cosine with each pixel of j. These are
+    divided by tau and go through a softmax. Mean over labelled pixels and over pairs.
     """
     valid = (labels != IGNORE).flatten(1)  # B,n
     rows_S, rows_T = (F.normalize(at_least_float32(x).flatten(2), dim=1).transpose(1, 2)
@@ -574,8 +577,9 @@ class Method:
 
     function: from the networks' Outputs S, T and labels (B,H,W) to name -> unweighted term.
     weights: of those terms.
-    needs: what the function reads besides the student's own outputs. "teacher" fills T, "A_v" fills
-    S.projected, "A_l" fills both embeddings and needs the pool P, "earlier" fills S.earlier.
+    needs: what the function reads besides the student's own outputs. "teacher" fills T. "A_v" fills
+    S.projected and lets pictures without labels take part. "A_l" fills both embeddings, by the
+    pool P. "earlier" fills S.earlier. They need the teacher, and "earlier" needs "A_v".
     One may be a function (student, C_T) -> module, for parameters of the loss itself: the module
     is trained with the student, and S.own is what it makes of the student's Outputs.
     """
@@ -584,25 +588,28 @@ class Method:
     needs: Collection = frozenset({"teacher"})
 
     def __post_init__(self):
-        unknown = [need for need in self.needs if not callable(need) and need not in NEEDS_DEPTHS]
-        if unknown or sum(map(callable, self.needs)) > 1:
-            raise ValueError(f"needs {unknown or 'two functions'}: a method can need "
-                             f"{sorted(NEEDS_DEPTHS)} and one function that builds a module")
+        named = {need for need in self.needs if not callable(need)}
+        if named - NEEDS_ALL or len(self.needs) - len(named) > 1:
+            raise ValueError(f"needs {self.needs}: a method can need {sorted(NEEDS_ALL)} and one "
+                             "function that builds a module")
+        if named and "teacher" not in named or "earlier" in named and "A_v" not in named:
+            raise ValueError(f"needs {named}: A_v, A_l and earlier need the teacher, and earlier "
+                             "needs A_v")
 
 
 NEEDS_MAPS = {"teacher", "A_v"}
-NEEDS_ALL = NEEDS_MAPS | {"A_l"}
-NEEDS_DEPTHS = NEEDS_ALL | {"earlier"}
+NEEDS_VLFD = NEEDS_MAPS | {"A_l"}
+NEEDS_ALL = NEEDS_VLFD | {"earlier"}
 KD_WEIGHTS = {"ce": 1.0, "kd": 1.0}
 # differs: we do not know the paper's weights. The release has 0.1, 0.1, 0.5 in its own units. Here
 # they are 1, 2, 0.2 in this file's units. The data set shapes has others, in its recipe in train.py
 VLFD_WEIGHTS = {"gb": 1.0, "pc": 2.0, "lc": 0.2}
 METHODS = {  # at the end of each row: where its weights come from
-    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD_WEIGHTS, NEEDS_ALL),  # ours
-    "c2vkd_right": Method(c2vkd_right, {"pdd": 1.0} | VLFD_WEIGHTS, NEEDS_ALL),  # ours
-    "c2vkd_reverse": Method(c2vkd_reverse, {"pdd": 1.0} | VLFD_WEIGHTS, NEEDS_ALL),  # ours
+    "c2vkd": Method(c2vkd, {"pdd": 1.0} | VLFD_WEIGHTS, NEEDS_VLFD),  # ours
+    "c2vkd_right": Method(c2vkd_right, {"pdd": 1.0} | VLFD_WEIGHTS, NEEDS_VLFD),  # ours
+    "c2vkd_reverse": Method(c2vkd_reverse, {"pdd": 1.0} | VLFD_WEIGHTS, NEEDS_VLFD),  # ours
     "c2vkd_multi": Method(c2vkd_multi, {"ce": 1.0, "gb": 20.0, "pc": 40.0, "lc": 0.2},
-                          NEEDS_DEPTHS),  # ours, chosen on CamVid val
+                          NEEDS_ALL),  # ours, chosen on CamVid val
     "fitnet_multi": Method(fitnet_multi, {"ce": 1.0, "fitnet": 20.0},
                            NEEDS_MAPS | {"earlier"}),  # ours, chosen on CamVid val
     "ce": Method(ce, {"ce": 1.0}, needs=()),  # the student alone
@@ -616,5 +623,5 @@ METHODS = {  # at the end of each row: where its weights come from
     "dkd": Method(dkd, {"ce": 1.0, "dkd": 0.03}),  # ours, chosen on CamVid val
     "fitnet": Method(fitnet, {"ce": 1.0, "fitnet": 10.0}, NEEDS_MAPS),  # CIRKD's script, no KD
     "pdd_fitnet": Method(pdd_fitnet, {"pdd": 1.0, "fitnet": 10.0}, NEEDS_MAPS),  # ours, a control
-    "vlfd": Method(vlfd, {"ce": 1.0} | VLFD_WEIGHTS, NEEDS_ALL),  # ours, a control
+    "vlfd": Method(vlfd, {"ce": 1.0} | VLFD_WEIGHTS, NEEDS_VLFD),  # ours, a control
 }

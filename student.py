@@ -256,14 +256,15 @@ class StudentWithHeads(nn.Module):
     earlier: A_v,i(F^S_i), the maps of the stages before F^S, each by a 1x1 convolution of its own.
 
     c_teacher: C_T, None without a teacher. seed: draws the heads. needs: see losses.Method.
-    earlier: channels of the teacher's maps before F^T. They meet the student's stages from the last
-    but one backwards, and without any F^S alone is used. ValueError for more than three.
+    earlier: channels of the teacher's maps before F^T. The last one meets stage 3, the one before
+    it stage 2. With (), F^S alone has a partner. ValueError for more than three.
     """
 
     def __init__(self, student, c_teacher=None, seed=0, needs=("A_v", "A_l"), earlier=()):
         super().__init__()
         self.student, self.heads = student, nn.ModuleDict()
-        with torch.random.fork_rng(devices=[]):  # so that the student's draws do not depend on it
+        # a random state of its own: dropout stays the same with and without heads
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if c_teacher is not None:
                 self.build_heads(c_teacher, needs, earlier)
@@ -279,7 +280,7 @@ class StudentWithHeads(nn.Module):
         heads = nn.ModuleDict({"A_v": A_v, "A_l": A_l}).apply(initialise_layer)
         dims = self.student.dims[-1 - len(earlier):-1]
         pairs = zip(dims, earlier, strict=True)
-        # in PyTorch's start, not MiT's, in which the hint took hundreds of steps to learn anything
+        # as PyTorch initialises: with MiT's way a hint learned little in hundreds of steps
         heads["earlier"] = nn.ModuleList(nn.Conv2d(c_S, c_T, 1, bias=False) for c_S, c_T in pairs)
         self.heads.update({name: head for name, head in heads.items() if name in needs})
 

@@ -30,7 +30,7 @@ HEAD_CHANNELS = 64  # of each head of the attention pool, as in CLIP
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of TEACHERS. Raises ValueError for channels that the attention pool cannot split.
+    """One row of TEACHERS. Raises ValueError for channels that nothing here can use.
 
     build: a function from the number of classes to a network with two parts. Its `backbone` turns
     an image into a dict of maps, with F^T as "out". Its `classifier` is a Sequential from F^T to
@@ -128,9 +128,9 @@ class Teacher(nn.Module):
     """(B,3,H,W) -> Outputs, with the teacher's logits, its maps and the map before_classifier.
 
     The logits z^T have shape (B,K,h,w), the feature F^T (B,C_T,h,w), the earlier maps F^T_i
-    (B,C_i,h_i,w_i) and the map before the classifier (B,D,h,w). On a ResNet h and w are H/8 and
+    (B,C_T,i,h_i,w_i) and the map before the classifier (B,D,h,w). On a ResNet h and w are H/8 and
     W/8, on a MobileNet H/16 and W/16.
-    name: a row of TEACHERS.
+    name: a row of TEACHERS. ValueError for earlier maps that are not those of its row.
     """
     # differs: the paper and the release have DeepLabV3+ of stride 16. Here it is torchvision's
     # DeepLabV3, which lacks the low-level branch
@@ -140,7 +140,7 @@ class Teacher(nn.Module):
         kind = TEACHERS[name]
         net = kind.build(classes)
         self.backbone, self.classifier = net.backbone, net.classifier
-        self.channels, self.earlier = kind.channels, kind.earlier  # C_T, C_i of earlier maps
+        self.channels, self.earlier = kind.channels, kind.earlier  # C_T, C_T,i
         if "mobilenet" in name:
             # torchvision's momentum of 0.01 makes the running statistics lag for hundreds of steps
             for module in self.modules():
@@ -155,7 +155,10 @@ class Teacher(nn.Module):
         *head, classify = self.classifier
         for layer in head:
             before_classifier = layer(before_classifier)
-        earlier = tuple(maps.values()) if self.earlier else ()  # B,C_i,h_i,w_i
+        earlier = tuple(maps.values()) if self.earlier else ()  # B,C_T,i,h_i,w_i
+        if tuple(x.shape[1] for x in earlier) != tuple(self.earlier):
+            raise ValueError(f"earlier={self.earlier}: the backbone's other maps have "
+                             f"{[x.shape[1] for x in earlier]} channels")
         return Outputs(classify(before_classifier), feature, before_classifier, earlier=earlier)
 
     def freeze(self):
@@ -182,7 +185,8 @@ def initialise(teacher, name, source):
     remedy = "give --teacher the network of the file"
     if is_backbone(state):
         # torchvision's MobileNet files call layer 0 "features.0", their backbones "0"
-        state = {key.removeprefix("features."): value for key, value in state.items()}
+        if "features" not in dict(teacher.backbone.named_children()):
+            state = {key.removeprefix("features."): value for key, value in state.items()}
         left = load_strictly(teacher.backbone, state, source, f"the backbone of {name}", remedy,
                              aside=TEACHERS[name].ignore_prefixes)
     else:

@@ -76,10 +76,10 @@ def distil(run, teacher=None, pool=None):
         set_rate(optimizer, schedule(step, stage.steps, stage.warmup, power=1))
         with precision(run.device):
             with torch.no_grad():
-                T = teacher(images) if teacher else None  # z^T, F^T
+                T = teacher(images) if teacher else None  # z^T, F^T, F^T_i
                 if pool:
                     T = T._replace(embedding=pool(T.feature))  # e^T = P(F^T)
-            S = parallel(images)  # z^S, F^S, A_v(F^S), e^S
+            S = parallel(images)  # z^S, F^S, A_v(F^S), A_v,i(F^S_i), e^S
             terms = method.function(S, T, labels)
             loss = total_loss(terms, stage.weights)  # Eq. 10
         if run.validation_due(step):
@@ -144,8 +144,8 @@ def fit_pool(run, teacher):
         with precision(run.device):
             with torch.no_grad():
                 F_T = teacher(images).feature
-            present = parallel(F_T).float()  # B,K: logits of "class k is in this crop"
-        loss = F.binary_cross_entropy_with_logits(present, presence(labels, classes))
+            z_P = parallel(F_T).float()  # B,K: logits of "class k is in this crop"
+        loss = F.binary_cross_entropy_with_logits(z_P, presence(labels, classes))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,6 +155,7 @@ def fit_pool(run, teacher):
             log.average(step, optimizer, fitter)
             log.write(step)
             run.save_if_due(step)
+    fitter.zero_grad()
     return fitter.pool.requires_grad_(False).eval()
 
 
@@ -253,13 +254,12 @@ class Run:
         self.workers, self.log_every = args.workers, args.log_every
         self.val_every = args.val_every or -(-stage.steps // 4)  # a quarter, rounded up
         self.start = None  # state dict that the encoder or backbone starts from
-        self.step, self.row, self.saved_at = 0, {}, time.monotonic()
+        self.step, self.row = 0, {}
         self.description = {
             "name": stage.network, "dataset": stage.dataset, "classes": stage.classes,
             "palette": [list(colour) for colour in data.palette],
             "data": os.path.abspath(data.root), "base": stage.base, "window": stage.crop,
-            "stage": self.identity, "method": stage.method, "seed": stage.seed, "label": None,
-            "scored": None, **more}
+            "stage": self.identity, "method": stage.method, "seed": stage.seed, **more}
 
     def read(self):
         """last.pt as a dict, None where there is none. Raises InputError for another experiment."""
@@ -278,6 +278,7 @@ class Run:
             raise InputError(f"{path}: from a different experiment: {'; '.join(found)}; repeat "
                              f"that run's options, or {remedy}")
         self.step = state["step"]
+        self.description["picture_bytes"] = state["picture_bytes"]  # as when it began
         return state
 
     def resume(self, module, optimizer):
@@ -290,8 +291,12 @@ class Run:
                           "choose another --out")
             optimizer.load_state_dict(state["optimizer"])
             self.row = state["row"]
-        elif rank() == 0:  # no score of an earlier run is this one's
-            (self.folder / "results-val.json").unlink(missing_ok=True)
+        elif self.stage.initial != "none" and not self.start:
+            raise InputError(f"{self.folder}: its last.pt is gone; run the same command again")
+        elif rank() == 0:
+            for scores_of_an_earlier_run in self.folder.glob("results-*.json"):
+                scores_of_an_earlier_run.unlink()
+        self.saved_at = time.monotonic()
         if len(set(of_all_processes(self.step))) > 1:
             raise InputError(f"{self.folder}/last.pt: not the same for all processes; they need "
                              "one disk")
@@ -318,9 +323,12 @@ class Run:
         scored = self.stage.stage == "pool" or (self.folder / "results-val.json").exists()
         return self.step == self.stage.steps and scored
 
-    def lock(self):
+    @contextmanager
+    def at_work(self):
         """Lock the folder while the stage trains. A finished one is only read."""
-        return nullcontext() if rank() or self.finished() else locked(self.folder)
+        with nullcontext() if rank() or self.finished() else locked(self.folder):
+            yield
+        self.module = self.optimizer = None  # their memory is for the next stage
 
     def to_device(self, module):
         """The module on the run's device. On CUDA, BatchNorm statistics span all processes."""
@@ -342,6 +350,8 @@ class Run:
         process's share of the batch. unlabelled: whether pictures without labels take part.
         """
         stage, share = self.stage, self.stage.batch_size // processes()
+        if self.step == stage.steps:
+            return
         stream = TrainStream(self.data, stage.seed, stage.base, stage.crop, stage.scale,
                              stage.steps * stage.batch_size, unlabelled=unlabelled)
         positions = [step * stage.batch_size + rank() * share + i
@@ -363,7 +373,8 @@ class Run:
                        labels.to(self.device, non_blocking=True).long())
                 done += 1
         except RuntimeError:  # of the loader. Where it was ended by a signal, nothing is lost
-            if Stop.asked and done > self.step and processes() == 1:
+            finite = all(p.isfinite().all() for p in self.module.parameters())
+            if Stop.asked and done > self.step and finite and processes() == 1:
                 self.save(done)
             raise
 
@@ -401,13 +412,12 @@ class Run:
         write_scores(self.folder, "val", result, self.description | about)
 
     def draw(self, step, networks):
-        """Save a picture of what the networks predict. A failure costs a line, not the run."""
+        """Save a picture of what the networks predict. Where that fails, a line says so."""
         path = self.folder / f"pictures/step{step:06d}.png"
-        picture = comparison(self.data, "val", self.stage.base, self.stage.crop, networks,
-                             self.device)
         try:
             path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            comparison(self.data, "val", self.stage.base, self.stage.crop, networks,
+                       self.device).save(path)
         except OSError as e:
             print(f"NOTE: {path}: not written ({e.strerror})")
 
@@ -415,8 +425,8 @@ class Run:
 class Log:
     """log.csv of a stage: a row holds means over the steps since the row before.
 
-    unwritten: whether the row of the run's last saved step is missing, because a run was killed
-    after it saved and before it had validated. A student has a row of step 0, too.
+    unwritten: whether a row is due before the first step: a student's row of step 0, or that of
+    the last checkpoint, if a kill came before the row was written.
     """
 
     def __init__(self, run):
@@ -428,10 +438,12 @@ class Log:
         self.fields += [f"{kind}_{name}" for kind in kinds for name in self.names]
         self.fields += ["val_miou"] if run.stage.stage != "pool" else []
         self.values, self.shown, self.began = [], "", time.monotonic()
-        self.unwritten = student if run.step == 0 else False
+        self.unwritten = student and run.step == 0
         if rank() == 0 and not run.finished():  # a finished log is only read
             rows = self.rows_before(run.step)
-            self.unwritten |= bool(run.row) and not (rows and int(rows[-1]["step"]) == run.step)
+            written = rows and int(rows[-1]["step"]) == run.step
+            if run.row and not written:
+                self.unwritten = True
             lines = [",".join(self.fields), *(",".join(row.values()) for row in rows)]
             write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
         self.unwritten = any_process(self.unwritten)
@@ -544,24 +556,25 @@ def train(args):
         T = teacher.network
         entries["teacher"] = T, scores_of_given(args, data, T, students), None
     elif teacher:
-        with teacher.lock():
+        with teacher.at_work():
             T = train_teacher(teacher)
         add_entry(entries, "teacher", T, teacher)
     if args.clip:
         P = load_clip_pool(args.clip, T.channels, pool_grid(T, args.crop, args.device))
         P = P.to(args.device)
     elif pool:
-        with pool.lock():
+        with pool.at_work():
             P = fit_pool(pool, T)
     for run in students:
         needs = METHODS[run.stage.method].needs
-        with run.lock():
+        with run.at_work():
             student = distil(run, T if "teacher" in needs else None, P if "A_l" in needs else None)
         name = "alone" if run.stage.method == "ce" else run.stage.method
         add_entry(entries, f"student {name}", student, run)
 
     if rank() == 0:
         folder = (students or [teacher])[-1].folder
+        folder.mkdir(parents=True, exist_ok=True)
         if students:
             report_terms(folder, students[-1].stage.weights)
         report(folder, entries, data, args.base, args.crop, args.device)
@@ -632,16 +645,15 @@ def check_early(args, data, runs):
                          f"images per process on CPUs; take {2 * processes()} or more")
     if args.clip:  # only to see whether it fits
         load_clip_pool(args.clip, TEACHERS[args.teacher].channels, grid=16)
-    sizes = []  # of the pictures, when the runs that are there began
+    sizes = set()  # of the pictures, when the runs that are there began
     for run in runs:
         if state := run.read():
-            sizes.append(state["picture_bytes"])
+            sizes.add(state["picture_bytes"])
         elif run.stage.initial != "none":
             run.start = start_of(args, run.stage)
-    changed = set(sizes) - {runs[0].description["picture_bytes"]} if runs else set()
-    if changed:
+    if sizes - {size_of_pictures(data)}:
         print(f"NOTE: {data.root}: files of pictures have other sizes than when this run began")
-    if (changed or not sizes) and rank() == 0:
+    if sizes != {size_of_pictures(data)} and rank() == 0:
         check_before_training(data)
 
 
@@ -745,10 +757,13 @@ def refuse_unfit(args, source, state, classes):
 
 
 def scores_of_given(args, data, teacher, students):
-    """Scores on val of a given teacher. They are measured and printed once, then read."""
+    """Scores on val of a given teacher, measured and printed once for each student."""
+    known = None
     if students and students[-1].step:  # the last one has this teacher
         with suppress(InputError):  # what cannot be read is measured again
-            return read_scores(students[-1].folder / "given-teacher/results-val.json")
+            known = read_scores(students[-1].folder / "given-teacher/results-val.json")
+    if known := of_all_processes(known)[0]:
+        return known
     matrix = evaluate(teacher, data, "val", args.base, args.crop, args.device,
                       workers=args.workers).cpu()
     result = scores(matrix)
@@ -827,8 +842,8 @@ class Stop:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if not asked:
                 with suppress(OSError):  # the terminal may be gone
-                    print("stopping after the next row of the log; Ctrl-C once more to stop at "
-                          "once", file=sys.stderr)
+                    os.write(2, b"stopping after the next row of the log; Ctrl-C once more to "
+                                b"stop at once\n")
 
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -913,7 +928,6 @@ RECIPES = {
         # teacher from ImageNet weights
         vlfd={"gb": 10.0, "pc": 20.0, "lc": 2.0}),
 }
-AT_ONE_DEPTH = "c2vkd", "c2vkd_right", "c2vkd_reverse", "vlfd"  # the methods that `vlfd` is for
 
 
 def parse_options(argv=None):
@@ -1010,7 +1024,7 @@ def fill_from_recipe(args):
 
 
 def refuse_useless(args):
-    """Raise InputError for options that the rest of the command line would ignore."""
+    """Raise InputError for options that would be ignored and may be meant to matter."""
     method = METHODS.get(args.method)  # None: teacher
     if args.clip and method and "A_l" not in method.needs:
         raise InputError(f"--clip: {args.method} uses no attention pool; it goes with --method "
@@ -1034,7 +1048,7 @@ def term_weights(args):
     if args.method == "teacher":
         return {}
     weights = dict(METHODS[args.method].weights)
-    if args.method in AT_ONE_DEPTH:
+    if losses.VLFD_WEIGHTS.items() <= weights.items():
         weights |= getattr(args, "vlfd", {})
     for item in args.weights:
         name, _, value = item.partition("=")
@@ -1060,8 +1074,8 @@ def main():
         if rank():
             time.sleep(5)  # process 0 has the same error: let it print and stop the others
         raise
-    except Exception:
-        if Stop.asked:  # the signal ended other processes, too
+    except RuntimeError:
+        if Stop.asked and processes() > 1:  # the signal ended other processes, too
             raise KeyboardInterrupt from None
         raise
     if dist.is_initialized():  # not after an error, while others wait in a collective
