@@ -90,6 +90,7 @@ def visual_maps(S, T):
     """V^S, V^T (B,C_T,h,w): A_v(F^S) and F^T on one grid."""
     # differs: the paper states no grid, the release uses 32x32. Here it is twice F^S's grid, but at
     # most F^T's. At crop 512 with a teacher of stride 8 or 16 that is 32x32 for published students
+    # unstated: positions without labels. Here they take part in Eq. 3-7, as in the release
     grid = [min(2 * s, t) for s, t in zip(S.projected.shape[2:], T.feature.shape[2:])]
     return resize(S.projected, grid), resize(T.feature, grid)
 
@@ -108,7 +109,6 @@ def global_visual_loss(V_S, V_T, kl="forward"):
     """Eq. 4: L_gb = 1/(B h w) sum_p KL of softmax(V^S_p) and softmax(V^T_p), see `divergence`.
 
     V_S, V_T: (B,C,h,w). p runs over positions, the softmax and the sum in the KL over channels.
-    Positions without labels take part, as in Eq. 5-7.
     """
     # differs: the paper states no reduction. The release averages over the channels too, which
     # makes the term C times smaller. Here it is a true KL

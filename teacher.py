@@ -222,6 +222,7 @@ class AttentionPool(nn.Module):
     resized bilinearly to `grid` x `grid` positions. Structure and names of the parameters are those
     of CLIP's `AttentionPool2d`, as DenseCLIP uses it.
     """
+    # differs: the release has 32 heads, of 64 channels each with a ResNet. Here all have 64
 
     def __init__(self, channels, grid, embedding=EMBEDDING):
         super().__init__()
