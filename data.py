@@ -101,7 +101,7 @@ class DataSet:
             listed = [f"{value} ({count} pixels)" for value, count in sorted(wrong.items())]
             remedy = "get it again"
             if self.class_of_colour:
-                remedy = "for numbers from 1, .github/DETAILS.md has lines of Python"
+                remedy = "for numbers from 1 see .github/DETAILS.md, own data that needs work"
             raise InputError(f"{path}: label values outside the {len(self.classes)} classes: "
                              f"{first_three(listed)}; {remedy}")
         return label.astype(np.uint8)
@@ -821,8 +821,8 @@ def _judge(data, pixels):
         if split == "train" and len(present) == 1:
             hint = "export them as class indices"
             if counts[0] and counts[IGNORE]:
-                hint = ("255 means ignored; for masks of 0 and 255, .github/DETAILS.md has lines of "
-                        "Python")
+                hint = ("255 means ignored; for masks of 0 and 255 see .github/DETAILS.md, own "
+                        "data that needs work")
             raise InputError(f"{data.root}: the labels of train hold one class, {present[0]}, and "
                              f"two are needed; {hint}")
         if absent:
