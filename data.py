@@ -123,7 +123,10 @@ class DataSet:
             padding = k != IGNORE and colours[k:k + 1] == [colours[index]]
             if k != index and not padding:
                 return True
-        return False
+        # where a colour is that of a class, an unknown one is a mistake. Black may be filling
+        shown = {colours[index] for index in used if index != IGNORE} - {(0, 0, 0)}
+        known = shown & self.class_of_colour.keys()
+        return bool(known) and known != shown
 
     def _classes_of_colours(self, path, raw):
         if raw.mode == "RGBA" and raw.getchannel("A").getextrema()[0] < 255:
@@ -404,6 +407,8 @@ def _read_classes(root):
         if found[1] == "ignore":
             ignored.append(colour)
             continue
+        if found[1].lower() in ("ignore", "ignored"):
+            raise InputError(f"{where}: {found[1]} would be a class; write ignore")
         classes.append(" ".join(found[1].split()))
         palette.append(colour)
     if not 2 <= len(set(classes)) == len(classes) <= 255:
@@ -692,7 +697,10 @@ def _packing(image):
 # ---------------------------------------------------------------- what the files hold
 
 def labels_digest(data, *splits):
-    """sha256 of the names and bytes of these splits' labels, in whatever folder they lie."""
+    """sha256 of the names and bytes of these splits' labels, in whatever folder they lie.
+
+    The colours of the classes belong to it, because colour labels are read by them.
+    """
     files = [(split, label) for split in splits
              for _, label in data.pairs.get(split, ()) if label]
 
@@ -701,14 +709,20 @@ def labels_digest(data, *splits):
         return f"{split}/{_stem(path)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
     lines = in_threads(line, files, desc="reading labels", unit="labels")
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return _short_digest([f"{sorted(data.class_of_colour.items())}\n", *lines])
 
 
 def pictures_digest(data, *splits):
     """sha256 of the names of these splits' pictures, 0 without any."""
     names = [f"{split}/{_stem(path)}\n" for split in splits
              for path, _ in data.pairs.get(split, ())]
-    return hashlib.sha256("".join(names).encode()).hexdigest() if names else 0
+    return _short_digest(names) if names else 0
+
+
+def _short_digest(lines):
+    # names of files need not be in UTF-8
+    text = "".join(lines).encode(errors="surrogateescape")
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def size_of_pictures(data):
@@ -1044,7 +1058,8 @@ def read_weights(source, option):
     else:
         saved = load_checkpoint(source)
     state, left_out = unwrap(saved)
-    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    plain = all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    if not state or not plain:
         raise InputError(f"{source}: not a plain state dict of tensors; {option} takes one")
     if left_out:
         print(f"{source}: unwrapped, leaving out {' and '.join(left_out)}")

@@ -541,6 +541,9 @@ def load_network(path, device="cpu"):
 RESULT_KEYS = ("label", "method", "seed", "stage", "classes", "step", "scored")
 
 
+STAGE_KEYS = {"seed", "method", "weights", "unlabelled", "pool", "teacher"}  # that compare reads
+
+
 def write_scores(folder, split, result, state):
     """results-SPLIT.json: `scores` and the description in a checkpoint's dict."""
     content = json.dumps(result | {key: state.get(key) for key in RESULT_KEYS}, indent=1)
@@ -552,7 +555,7 @@ def read_scores(path):
     needed = {"miou", "iou", "pixel_accuracy", *RESULT_KEYS} - {"label"}
     try:
         result = json.loads(path.read_text())
-        complete = result.keys() >= needed
+        complete = result.keys() >= needed and result["stage"].keys() >= STAGE_KEYS
     except (OSError, ValueError, AttributeError):
         complete = False
     if not complete:
@@ -635,7 +638,7 @@ def comparison(data, split, base, window, models, device):
         ImageDraw.Draw(titles).text(place, name, "black", font, anchor="lm")
     strips = [titles]
     for row in rows:
-        size = width, round(width * row[0].height / row[0].width)
+        size = width, max(1, round(width * row[0].height / row[0].width))
         tiles = [picture.resize(size, Image.Resampling.NEAREST) for picture in row]
         strips.append(np.hstack([ImageOps.expand(tile, 3, "white") for tile in tiles]))
     strips.append(legend(present, data.classes, data.palette, titles.width))
@@ -698,6 +701,8 @@ def _score(args):
     why = [reason for reason, holds in reasons.items() if holds]
     matrix = evaluate(model, data, split, state["base"], window, device,
                       workers=default_workers(device.type == "cuda"))
+    if not matrix.sum():
+        raise InputError(f"{data.root}: no label of {split} has a labelled pixel")
     result = scores(matrix.cpu())
     try:  # first the file, because whoever reads the table may close the pipe
         if split == "test" and not why:
@@ -802,7 +807,7 @@ def default_workers(gpus):
     # Linux tells which cores this process may use, and torch warns about more loaders than these
     usable = getattr(os, "sched_getaffinity", None)
     cores = len(usable(0)) if usable else os.cpu_count()
-    processes = max(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    processes = max(gpus, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     return min(16, cores // processes) if gpus else 0
 
 

@@ -38,8 +38,8 @@ from data import (DATASETS, InputError, Parser, TrainStream, at_least, check_bef
                   command, first_difference, labels_digest, load_checkpoint, load_strictly, locked,
                   normalise, open_dataset, pictures_digest, progress, quiet_worker, save_tensors,
                   size_of_pictures, unwrap, write_atomically)
-from evaluate import (comparison, default_workers, evaluate, miou_of_commonest_class, read_scores,
-                      report, report_terms, scores, table, write_scores)
+from evaluate import (default_workers, evaluate, miou_of_commonest_class, read_scores, report,
+                      report_terms, scores, table, write_scores)
 from losses import METHODS, cross_entropy, total_loss
 from student import VARIANTS, Student, StudentWithHeads, count_parameters, load_encoder
 from teacher import (TEACHERS, PoolFitter, Teacher, initialise, is_backbone, load_clip_pool,
@@ -67,10 +67,9 @@ def distil(run, teacher=None, pool=None):
                                   fused=run.cuda)
     run.resume(trained, optimizer)
     parallel = run.parallel(trained)  # the same network, with gradients averaged over processes
-    drawn = {"teacher": teacher, "student": student}
     log = Log(run)
     if log.unwritten:
-        log.write(run.step, run.validate(run.step, student, drawn))
+        log.write(run.step, run.validate(run.step, student))
 
     for step, images, labels in run.batches(unlabelled="A_v" in method.needs):
         set_rate(optimizer, schedule(step, stage.steps, stage.warmup, power=1))
@@ -92,7 +91,7 @@ def distil(run, teacher=None, pool=None):
         if run.row_due(step):
             log.average(step, optimizer, trained)
             run.save_if_due(step, log.row)
-            log.write(step, run.validate(step, student, drawn))
+            log.write(step, run.validate(step, student))
     return student.eval()
 
 
@@ -107,10 +106,9 @@ def train_teacher(run):
     optimizer = teacher_optimizer(teacher, stage)
     run.resume(teacher, optimizer)
     parallel = run.parallel(teacher)
-    drawn = {"teacher": teacher}
     log = Log(run)
     if log.unwritten:
-        log.write(run.step, run.validate(run.step, teacher, drawn))
+        log.write(run.step, run.validate(run.step, teacher))
 
     for step, images, labels in run.batches():
         set_rate(optimizer, schedule(step, stage.steps, stage.warmup, power=0.9))
@@ -124,7 +122,7 @@ def train_teacher(run):
         if run.row_due(step):
             log.average(step, optimizer, teacher)
             run.save_if_due(step, log.row)
-            log.write(step, run.validate(step, teacher, drawn))
+            log.write(step, run.validate(step, teacher))
     return teacher.freeze()
 
 
@@ -372,24 +370,23 @@ class Run:
                 yield (done + 1, images.contiguous(memory_format=torch.channels_last),
                        labels.to(self.device, non_blocking=True).long())
                 done += 1
-        except RuntimeError:  # of the loader. Where it was ended by a signal, nothing is lost
+        except (RuntimeError, InputError) as e:  # of the loader: a file is at fault, or it died
             finite = all(p.isfinite().all() for p in self.module.parameters())
-            if Stop.asked and done > self.step and finite and processes() == 1:
-                self.save(done)
+            mendable = Stop.asked or isinstance(e, InputError)
+            if mendable and done > self.step and finite and processes() == 1:
+                self.save(done)  # nothing of the training is lost
             raise
 
     def row_due(self, step):
-        """Whether a row of the log is due after `step` steps."""
-        return step % self.log_every == 0 or self.validation_due(step)
+        """Whether a row of the log is due after `step` steps. A signal waits 20 steps at most."""
+        asked = step % 20 == 0 and any_process(Stop.asked)
+        return asked or step % self.log_every == 0 or self.validation_due(step)
 
     def validation_due(self, step):
         return step % self.val_every == 0 or step == self.stage.steps
 
-    def validate(self, step, network, drawn):
-        """The scores of `network` on val. None where no validation is due.
-
-        Saves a picture of the networks in `drawn`.
-        """
+    def validate(self, step, network):
+        """The scores of `network` on val. None where no validation is due."""
         if not self.validation_due(step):
             return None
         stage = self.stage
@@ -401,8 +398,6 @@ class Run:
         network.eval()
         matrix = evaluate(network, self.data, "val", stage.base, stage.crop, self.device,
                           workers=self.workers, desc=f"{stage.stage}: validation")
-        if rank() == 0:
-            self.draw(step, drawn)
         for module, training in modes.items():
             module.training = training
         return scores(matrix.cpu())
@@ -410,16 +405,6 @@ class Run:
     def write_scores(self, result):
         about = {"step": self.stage.steps, "scored": labels_digest(self.data, "val")}
         write_scores(self.folder, "val", result, self.description | about)
-
-    def draw(self, step, networks):
-        """Save a picture of what the networks predict. Where that fails, a line says so."""
-        path = self.folder / f"pictures/step{step:06d}.png"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            comparison(self.data, "val", self.stage.base, self.stage.crop, networks,
-                       self.device).save(path)
-        except OSError as e:
-            print(f"NOTE: {path}: not written ({e.strerror})")
 
 
 class Log:
@@ -453,14 +438,17 @@ class Log:
         """The rows up to `step`, without what a killed run wrote after its last checkpoint."""
         if step == 0 or not self.path.exists():
             return []
-        lines = self.path.read_text().split("\n")[:-1]  # a killed run can leave half a row
-        rows = list(csv.DictReader(lines))
-        if rows and list(rows[0]) != self.fields:
-            raise InputError(f"{self.path}: its columns are not those of this run; restore it "
-                             "or move it away")
         # a run that is trained but not scored repeats its last row
         last = step - 1 if step == self.run.stage.steps else step
-        return [row for row in rows if int(row["step"]) <= last]
+        try:
+            lines = self.path.read_text().split("\n")[:-1]  # a killed run can leave half a row
+            rows = list(csv.DictReader(lines))
+            if all(list(row) == self.fields for row in rows):
+                return [row for row in rows if int(row["step"]) <= last]
+        except (ValueError, csv.Error):
+            pass
+        raise InputError(f"{self.path}: its columns are not those of this run; restore it or move "
+                         "it away")
 
     def add(self, terms, loss):
         """Keep a step's unweighted terms and the loss, on their device."""
@@ -554,7 +542,7 @@ def train(args):
     entries, T, P = {}, None, None  # entries: rows of the table
     if isinstance(teacher, GivenTeacher):
         T = teacher.network
-        entries["teacher"] = T, scores_of_given(args, data, T, students), None
+        entries["teacher"] = T, scores_of_given(args, data, teacher, students), None
     elif teacher:
         with teacher.at_work():
             T = train_teacher(teacher)
@@ -744,8 +732,10 @@ def given_teacher(args, data, root):
 
 def refuse_unfit(args, source, state, classes):
     """Raise InputError for a last.pt that is no finished teacher of these classes."""
-    if state.get("name") != args.teacher:
-        raise InputError(f"{source}: holds {state.get('name')}, wanted {args.teacher}; give "
+    if not state.keys() >= {"name", "classes", "stage", "step"}:
+        raise InputError(f"{source}: not a last.pt of this project; give one, or a state_dict()")
+    if state["name"] != args.teacher:
+        raise InputError(f"{source}: holds {state['name']}, wanted {args.teacher}; give "
                          "--teacher, or the right checkpoint")
     if difference := first_difference(state["classes"], classes):
         raise InputError(f"{source}: its classes are not those of the data: {difference}; give "
@@ -761,19 +751,20 @@ def scores_of_given(args, data, teacher, students):
     known = None
     if students and students[-1].step:  # the last one has this teacher
         with suppress(InputError):  # what cannot be read is measured again
-            known = read_scores(students[-1].folder / "given-teacher/results-val.json")
+            known = read_scores(students[-1].folder / teacher.folder.name / "results-val.json")
     if known := of_all_processes(known)[0]:
         return known
-    matrix = evaluate(teacher, data, "val", args.base, args.crop, args.device,
+    network = teacher.network
+    matrix = evaluate(network, data, "val", args.base, args.crop, args.device,
                       workers=args.workers).cpu()
     result = scores(matrix)
-    row = f"teacher {args.teacher}", count_parameters(teacher), None, result
+    row = f"teacher {args.teacher}", count_parameters(network), None, result
     print(table([row], data.classes))
     if result["miou"] <= miou_of_commonest_class(matrix):
         print("WARNING: this teacher is no better than always answering the commonest class: are "
               "its classes in this order, its pictures RGB with ImageNet's mean and deviation?")
     if students and rank() == 0:
-        folder = students[-1].folder / "given-teacher"
+        folder = students[-1].folder / teacher.folder.name
         folder.mkdir(parents=True, exist_ok=True)
         about = {"method": None, "step": 0, "scored": labels_digest(data, "val")}
         write_scores(folder, "val", result, students[-1].description | about)
@@ -788,7 +779,8 @@ TORCHRUN = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 def launched():
     """Whether torchrun started this process as one of several."""
-    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+    count = os.environ.get("WORLD_SIZE", "")
+    return all(map(os.environ.get, TORCHRUN)) and count.isdecimal() and int(count) > 1
 
 
 def rank():

@@ -637,10 +637,6 @@ def digests(folder):
 def test_labels_count_by_their_bytes_and_pictures_by_their_names(tmp_path):
     folder = open_dataset("folder", put_folder(tmp_path / "a", [[[0, 1, 1]], [[2, 255, 1]]]))
     first, size = digests(folder), data.size_of_pictures(folder)
-    label = hashlib.sha256((tmp_path / "a/labels/train/1.png").read_bytes()).hexdigest()
-    alone = dataclasses.replace(folder, pairs={"train": folder.pairs["train"][1:]})
-    line = f"train/1 {label}\n".encode()
-    assert data.labels_digest(alone, "train") == hashlib.sha256(line).hexdigest()
     assert size == sum(p.stat().st_size for p in (tmp_path / "a/images").rglob("*.png"))
     assert data.pictures_digest(folder, "unlabelled") == 0
 
@@ -657,6 +653,36 @@ def test_labels_count_by_their_bytes_and_pictures_by_their_names(tmp_path):
     put(tmp_path / "a" / "labels" / "train" / "0.png", [[1, 1, 0]])
     changed = digests(folder)
     assert changed[0] != first[0] and changed[1] == first[1]
+
+
+def test_what_a_colour_means_belongs_to_the_labels(tmp_path):
+    folder = put_folder(tmp_path, [[[0, 1, 1]]])
+    lines = (folder / "classes.txt").read_text().splitlines()
+    first = digests(open_dataset("folder", folder))
+    names, colours = zip(*(line.split(" ", 1) for line in lines))
+    swapped = [f"{name} {colour}" for name, colour in zip(names, (colours[1], colours[0],
+                                                                  *colours[2:]))]
+    for changed in (swapped, [*lines, "ignore 7 7 77"]):
+        (folder / "classes.txt").write_text("\n".join(changed))
+        assert digests(open_dataset("folder", folder))[0] != first[0]
+    (folder / "classes.txt").write_text("\n".join([*lines, "Ignored 7 7 77"]))
+    with pytest.raises(InputError, match="Ignored would be a class; write ignore"):
+        open_dataset("folder", folder)
+
+
+def test_a_palette_with_a_class_and_an_unknown_colour_is_a_mistake(tmp_path):
+    folder = put_folder(tmp_path, [[[0, 1]]])
+    (folder / "classes.txt").write_text("bg 0 0 0\nroad 9 0 9\ncar 0 0 255\n")
+    path = folder / "labels/train/0.png"
+    label = Image.fromarray(np.array([[1, 2]], np.uint8), "P")
+    for car, read in ((255, [[1, 2]]), (254, None)):
+        label.putpalette([0, 0, 0, 9, 0, 9, 0, 0, car])
+        label.save(path)
+        if read:
+            assert open_dataset("folder", folder).read_label(path).tolist() == read
+        else:
+            with pytest.raises(InputError, match=r"the colour \(0, 0, 254\), 50.0% of"):
+                open_dataset("folder", folder).read_label(path)
 
 
 @pytest.mark.parametrize("there, here, words", (

@@ -489,13 +489,13 @@ def listening(monkeypatch):
         signal.signal(number, handler)
 
 
-def test_signals_ask_once_and_only_a_second_ctrl_c_ends_at_once(listening, capsys):
+def test_signals_ask_once_and_only_a_second_ctrl_c_ends_at_once(listening, capfd):
     LISTEN()
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGINT):
         signal.raise_signal(number)
         listening.now += 0.4
     assert train.Stop.asked
-    assert capsys.readouterr().err.count("stopping after the next row of the log") == 1
+    assert capfd.readouterr().err.count("stopping after the next row of the log") == 1
     listening.now += 1
     signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
