@@ -217,6 +217,9 @@ def compare(folder, split, against=()):
         for name in against:
             parts += [_against(table, ce, other) for other in table if other.called == name]
         parts.append(_each_class(table))
+        sizes = {result.get("picture_bytes") for row in table for result in row.results.values()}
+        if len(sizes) > 1:
+            parts.append("NOTE: the files of pictures had other sizes in some of these runs")
     for row in rows:
         if not any(row in table for table in tables):
             seeds = ", ".join(map(str, row.results))
@@ -538,7 +541,7 @@ def load_network(path, device="cpu"):
 
 
 # Keys of a last.pt, and scored: labels_digest of the split.
-RESULT_KEYS = ("label", "method", "seed", "stage", "classes", "step", "scored")
+RESULT_KEYS = ("label", "method", "seed", "stage", "classes", "step", "scored", "picture_bytes")
 
 
 STAGE_KEYS = {"seed", "method", "weights", "unlabelled", "pool", "teacher"}  # that compare reads
@@ -552,7 +555,7 @@ def write_scores(folder, split, result, state):
 
 def read_scores(path):
     """What `write_scores` wrote. Raises InputError where it cannot be read."""
-    needed = {"miou", "iou", "pixel_accuracy", *RESULT_KEYS} - {"label"}
+    needed = {"miou", "iou", "pixel_accuracy", *RESULT_KEYS} - {"label", "picture_bytes"}
     try:
         result = json.loads(path.read_text())
         complete = result.keys() >= needed and result["stage"].keys() >= STAGE_KEYS

@@ -389,7 +389,7 @@ def test_report_keeps_its_pictures_where_printing_fails(entries, data, tmp_path,
 
 def test_terms_are_one_table_of_means_over_the_validations(tmp_path, capsys):
     (tmp_path / "log.csv").write_text("step,raw_pdd,raw_gb,grad_pdd,grad_gb\n"
-                                      "0,9,9,9,9\n40,2,0.5,3,0.1\n60,2,0.5,,\n400,1,0.25,1,0.3\n")
+                                      "0,9,9,,\n40,2,0.5,3,0.1\n60,2,0.5,,\n400,1,0.25,1,0.3\n")
     report_terms(tmp_path, {"pdd": 1.0, "gb": 10.0})
     text = capsys.readouterr().out
     # norms 3 and 1 at step 40, 1 and 3 at step 400
@@ -667,6 +667,15 @@ def write_runs(folder, runs, teacher="good", stage={}, **changes):
 
 def line(text, start):
     return next(row for row in text.splitlines() if row.startswith(start)).split()
+
+
+def test_runs_on_pictures_of_other_sizes_are_compared_with_a_note(tmp_path):
+    note = "NOTE: the files of pictures had other sizes in some of these runs"
+    write_runs(tmp_path, {"ce": [40, 41]}, picture_bytes=7)
+    write_runs(tmp_path, {"kd": [42, 43]}, picture_bytes=7)
+    assert note not in compare(tmp_path, "val")
+    write_runs(tmp_path, {"dist": [42, 43]}, picture_bytes=8)
+    assert note in compare(tmp_path, "val")
 
 
 def test_gains_are_paired_by_seed(tmp_path):
