@@ -842,6 +842,10 @@ def _judge(data, pixels):
         if absent:
             effect = "they cannot be learned" if split == "train" else "they are not scored"
             lines.append(f"NOTE: classes without a pixel in {split}, {effect}: {', '.join(absent)}")
+        white = data.class_of_colour.get((255, 255, 255), IGNORE)
+        if white != IGNORE and counts[IGNORE]:
+            lines.append(f"NOTE: {split}: 255 in grey labels is ignored, though white is the "
+                         f"colour of {data.classes[white]}")
     return lines
 
 

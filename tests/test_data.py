@@ -670,6 +670,15 @@ def test_what_a_colour_means_belongs_to_the_labels(tmp_path):
         open_dataset("folder", folder)
 
 
+def test_grey_255_beside_a_white_class_is_noted(tmp_path, capsys):
+    folder = put_folder(tmp_path, [[[0, 1, 255]]])
+    for colour, noted in (("9 9 9", False), ("255 255 255", True)):
+        (folder / "classes.txt").write_text(f"bg 0 0 0\nroad {colour}\n")
+        data.check_before_training(open_dataset("folder", folder))
+        line = "NOTE: train: 255 in grey labels is ignored, though white is the colour of road"
+        assert (line in capsys.readouterr().out) == noted
+
+
 def test_a_palette_with_a_class_and_an_unknown_colour_is_a_mistake(tmp_path):
     folder = put_folder(tmp_path, [[[0, 1]]])
     (folder / "classes.txt").write_text("bg 0 0 0\nroad 9 0 9\ncar 0 0 255\n")
