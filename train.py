@@ -654,7 +654,12 @@ def announce(args, data, runs):
         used = [run.stage.method for run in runs if run.stage.unlabelled]
         print(f"{len(data.pairs['unlabelled'])} images without labels, used by "
               f"{' and '.join(used) or 'none of these methods'}")
-    stages = [f"{run.folder.name}: {run.stage.steps:,} steps" for run in runs]
+    stages = []
+    for run in runs:
+        kind, network, method = run.stage.stage, run.stage.network, run.stage.method
+        name = {"teacher": f"teacher {network}", "pool": "pool",
+                "student": f"student {network}, {method}"}[kind]
+        stages.append(f"{name}: {run.stage.steps:,} steps")
     print("stages: " + "; ".join(stages), flush=True)
 
 

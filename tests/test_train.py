@@ -121,7 +121,7 @@ def test_the_student_alone_needs_no_teacher(folder, tmp_path, capsys):
     run(options(folder, tmp_path, "--method", "ce"))
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["ce-mit_nano-seed0"]
     text = capsys.readouterr().out
-    assert "stages: ce-mit_nano-seed0: 4 steps\n" in text and "student alone" in text
+    assert "stages: student mit_nano, ce: 4 steps\n" in text and "student alone" in text
 
 
 def test_the_first_command_trains_the_teacher_and_two_students_that_begin_alike(
@@ -147,8 +147,8 @@ def test_the_first_command_trains_the_teacher_and_two_students_that_begin_alike(
     text, runs = capsys.readouterr().out, tmp_path / "runs/shapes"
     names = "ce-mit_nano-seed0", "c2vkd-mit_nano-seed0"
     for line in ("shapes: 4 training and 2 validation images, 8 classes; recipe shapes; seed 0; ",
-                 f"stages: {TEACHER}: 2 steps; pool: 2 steps; "
-                 f"{names[0]}: 3 steps; {names[1]}: 3 steps"):
+                 "stages: teacher deeplabv3_resnet10: 2 steps; pool: 2 steps; "
+                 "student mit_nano, ce: 3 steps; student mit_nano, c2vkd: 3 steps"):
         assert line in text
     for name in ("comparison.png", "curves.png", "results-val.json"):
         assert (runs / names[1] / name).stat().st_size > 100
@@ -319,7 +319,7 @@ def test_a_backbones_file_starts_stage_one(folder, tmp_path, monkeypatch, capsys
         if name.startswith("backbone."):
             assert torch.equal(value, state[f"features.{name.removeprefix('backbone.')}"])
     text = capsys.readouterr().out
-    assert "stages: teacher-deeplabv3_mobilenet_v2: 1 steps; pool: 1 steps" in text
+    assert "stages: teacher deeplabv3_mobilenet_v2: 1 steps; pool: 1 steps" in text
     assert "backbone.pth: unwrapped, leaving out everything outside 'model'" in text
     stage = last(tmp_path / "folder/teacher-deeplabv3_mobilenet_v2")["stage"]
     assert stage["initial"].startswith("backbone.pth, sha256 ") and stage["rate"] == 0.01
@@ -347,7 +347,7 @@ def test_a_given_last_pt_is_scored_once_and_is_the_same_teacher(folder, taught, 
     for calls in (1, 1):
         run(argv)
         assert len(found) == calls
-    assert "stages: kd-mit_nano-seed0: 4 steps\n" in capsys.readouterr().out
+    assert "stages: student mit_nano, kd: 4 steps\n" in capsys.readouterr().out
     before = result(out)
     run(trained)
     assert len(found) == 1  # and the chart has a teacher's curve now
