@@ -916,7 +916,7 @@ RECIPES = {
         base=240, crop=192, scale=(0.75, 1.5), batch_size=8, warmup=80,
         teacher="deeplabv3_mobilenet_v2", teacher_weights="imagenet", teacher_steps=1000,
         pool_steps=100, student="mit_b0", student_weights="none", steps=1600),
-    # for the embedded data set: everything from random weights, in six minutes
+    # for the embedded data set: everything from random weights, in five minutes
     "shapes": dict(
         base=64, crop=64, scale=(1.0, 1.0), batch_size=8, warmup=40,
         teacher="deeplabv3_resnet10", teacher_weights="none", teacher_steps=600,
