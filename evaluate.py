@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from data import (IGNORE, EvalImages, InputError, Parser, command, first_difference,
                   labels_digest, load_checkpoint, load_strictly, normalise, open_dataset, pictures,
-                  progress, quiet_worker, read_image, resize_short_side, size_of_pictures,
+                  progress, quiet_worker, read_image, resize_short_side, sizes_of_pictures,
                   write_atomically)
 from student import VARIANTS, Student, count_parameters
 from teacher import TEACHERS, Teacher
@@ -217,7 +217,7 @@ def compare(folder, split, against=()):
         for name in against:
             parts += [_against(table, ce, other) for other in table if other.called == name]
         parts.append(_each_class(table))
-        sizes = {result.get("picture_bytes") for row in table for result in row.results.values()}
+        sizes = {result.get("picture_sizes") for row in table for result in row.results.values()}
         if len(sizes) > 1:
             parts.append("NOTE: the files of pictures had other sizes in some of these runs")
     for row in rows:
@@ -541,7 +541,7 @@ def load_network(path, device="cpu"):
 
 
 # Keys of a last.pt, and scored: labels_digest of the split.
-RESULT_KEYS = ("label", "method", "seed", "stage", "classes", "step", "scored", "picture_bytes")
+RESULT_KEYS = ("label", "method", "seed", "stage", "classes", "step", "scored", "picture_sizes")
 
 
 STAGE_KEYS = {"seed", "method", "weights", "unlabelled", "pool", "teacher"}  # that compare reads
@@ -555,7 +555,7 @@ def write_scores(folder, split, result, state):
 
 def read_scores(path):
     """What `write_scores` wrote. Raises InputError where it cannot be read."""
-    needed = {"miou", "iou", "pixel_accuracy", *RESULT_KEYS} - {"label", "picture_bytes"}
+    needed = {"miou", "iou", "pixel_accuracy", *RESULT_KEYS} - {"label", "picture_sizes"}
     try:
         result = json.loads(path.read_text())
         complete = result.keys() >= needed and result["stage"].keys() >= STAGE_KEYS
@@ -691,7 +691,7 @@ def _score(args):
                          "give its own --data")
     if not data.pairs.get(split):
         raise InputError(f"the data has no {split} split; choose another --split")
-    if size_of_pictures(data) != state.get("picture_bytes"):
+    if sizes_of_pictures(data) != state.get("picture_sizes"):
         print("NOTE: the pictures have another size in bytes than in training: some have changed")
 
     window = None if args.whole else state["window"]

@@ -37,7 +37,7 @@ import losses
 from data import (DATASETS, InputError, Parser, TrainStream, at_least, check_before_training,
                   command, first_difference, labels_digest, load_checkpoint, load_strictly, locked,
                   normalise, open_dataset, pictures_digest, progress, quiet_worker, save_tensors,
-                  size_of_pictures, unwrap, write_atomically)
+                  sizes_of_pictures, unwrap, write_atomically)
 from evaluate import (default_workers, evaluate, miou_of_commonest_class, read_scores, report,
                       report_terms, scores, table, write_scores)
 from losses import METHODS, cross_entropy, total_loss
@@ -276,7 +276,7 @@ class Run:
             raise InputError(f"{path}: from a different experiment: {'; '.join(found)}; repeat "
                              f"that run's options, or {remedy}")
         self.step = state["step"]
-        self.description["picture_bytes"] = state["picture_bytes"]  # as when it began
+        self.description["picture_sizes"] = state["picture_sizes"]  # as when it began
         return state
 
     def resume(self, module, optimizer):
@@ -577,7 +577,7 @@ def make_runs(args, data):
     if args.method == "teacher":
         needs = {"teacher", "A_l"}
     root, teacher, pool, pool_identity = Path(args.out) / args.dataset, None, None, None
-    size = size_of_pictures(data)
+    size = sizes_of_pictures(data)
     common = dict(
         warmup=args.warmup, batch_size=args.batch_size, base=args.base, crop=args.crop,
         scale=list(args.scale), dataset=args.dataset, classes=list(data.classes),
@@ -592,7 +592,7 @@ def make_runs(args, data):
             rate=args.teacher_lr, seed=args.teacher_seed, weights={"ce": 1.0}, **common)
         seed = f"-seed{args.teacher_seed}" if args.teacher_seed else ""
         teacher = Run(args, stage, data, root / f"teacher-{args.teacher}{seed}",
-                      picture_bytes=size)
+                      picture_sizes=size)
     if "A_l" in needs and args.clip:
         pool_identity = {"clip": digest_of(args.clip)}
     elif "A_l" in needs:
@@ -600,7 +600,7 @@ def make_runs(args, data):
             stage="pool", network="attention_pool", initial="none", steps=args.pool_steps,
             rate=3e-4, seed=args.teacher_seed, weights={"bce": 1.0}, teacher=teacher.identity,
             **common)
-        pool = Run(args, stage, data, teacher.folder / "pool", picture_bytes=size)
+        pool = Run(args, stage, data, teacher.folder / "pool", picture_sizes=size)
         pool_identity = pool.identity
 
     students = []
@@ -618,7 +618,7 @@ def make_runs(args, data):
         name, label = f"{method}-{args.student}-seed{args.seed}", None
         if asked and args.name:
             name, label = args.name, args.name.removesuffix(f"-seed{args.seed}")
-        students.append(Run(args, stage, data, root / name, picture_bytes=size, label=label))
+        students.append(Run(args, stage, data, root / name, picture_sizes=size, label=label))
     return teacher, pool, students
 
 
@@ -636,12 +636,12 @@ def check_early(args, data, runs):
     sizes = set()  # of the pictures, when the runs that are there began
     for run in runs:
         if state := run.read():
-            sizes.add(state["picture_bytes"])
+            sizes.add(state["picture_sizes"])
         elif run.stage.initial != "none":
             run.start = start_of(args, run.stage)
-    if sizes - {size_of_pictures(data)}:
+    if sizes - {sizes_of_pictures(data)}:
         print(f"NOTE: {data.root}: files of pictures have other sizes than when this run began")
-    if sizes != {size_of_pictures(data)} and rank() == 0:
+    if sizes != {sizes_of_pictures(data)} and rank() == 0:
         check_before_training(data)
 
 

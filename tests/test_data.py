@@ -636,8 +636,14 @@ def digests(folder):
 
 def test_labels_count_by_their_bytes_and_pictures_by_their_names(tmp_path):
     folder = open_dataset("folder", put_folder(tmp_path / "a", [[[0, 1, 1]], [[2, 255, 1]]]))
-    first, size = digests(folder), data.size_of_pictures(folder)
-    assert size == sum(p.stat().st_size for p in (tmp_path / "a/images").rglob("*.png"))
+    first, size = digests(folder), data.sizes_of_pictures(folder)
+    one, other = (tmp_path / f"a/images/train/{i}.png" for i in (0, 1))
+    put(other, np.arange(300).reshape(10, 10, 3))
+    before = data.sizes_of_pictures(folder)
+    held = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(held)  # two pictures swapped: the sum of their sizes is the same
+    assert data.sizes_of_pictures(folder) not in (size, before)
     assert data.pictures_digest(folder, "unlabelled") == 0
 
     copy = shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -645,7 +651,7 @@ def test_labels_count_by_their_bytes_and_pictures_by_their_names(tmp_path):
     put(copy / "labels" / "test" / "0.png", [[0, 0, 0]])
     put(copy / "images" / "test" / "0.png", np.full((1, 3, 3), 7))
     moved = open_dataset("folder", copy)
-    assert digests(moved) == first and data.size_of_pictures(moved) != size
+    assert digests(moved) == first and data.sizes_of_pictures(moved) != size
     assert data.labels_digest(moved, "test") not in (first[0], data.labels_digest(folder, "test"))
     for kind in ("images", "labels"):
         os.rename(copy / kind / "train" / "0.png", copy / kind / "val" / "2.png")

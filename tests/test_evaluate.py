@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate as module
 from conftest import error_of
 from data import (IGNORE, EvalImages, InputError, labels_digest, normalise, open_dataset,
-                  size_of_pictures)
+                  sizes_of_pictures)
 from evaluate import (chart, class_map, compare, comparison, confusion_matrix, evaluate,
                       load_network, miou_of_commonest_class, overlay, paint, predict, report,
                       report_terms, scores, table, write_scores)
@@ -81,7 +81,7 @@ def checkpoint(root, data, tmp_path):
     torch.save({"module": trained.state_dict(), "name": "mit_nano", "dataset": "folder",
                 "data": str(root), "classes": CLASSES, "palette": PALETTE, "base": 48,
                 "window": 32, "step": 7, "label": "mine", "method": "ce", "seed": 1,
-                "stage": stage, "picture_bytes": size_of_pictures(data)}, path)
+                "stage": stage, "picture_sizes": sizes_of_pictures(data)}, path)
     return path
 
 
@@ -526,7 +526,7 @@ def test_labels_count_by_their_bytes_wherever_they_lie(checkpoint, root, tmp_pat
 
 
 def test_a_picture_that_was_replaced_costs_a_note(checkpoint, run):
-    altered(checkpoint, picture_bytes=1)
+    altered(checkpoint, picture_sizes=1)
     text = run("score", checkpoint, "--split", "test")
     assert text.count("NOTE: ") == 1 and checkpoint.with_name("results-test.json").exists()
 
@@ -671,10 +671,10 @@ def line(text, start):
 
 def test_runs_on_pictures_of_other_sizes_are_compared_with_a_note(tmp_path):
     note = "NOTE: the files of pictures had other sizes in some of these runs"
-    write_runs(tmp_path, {"ce": [40, 41]}, picture_bytes=7)
-    write_runs(tmp_path, {"kd": [42, 43]}, picture_bytes=7)
+    write_runs(tmp_path, {"ce": [40, 41]}, picture_sizes=7)
+    write_runs(tmp_path, {"kd": [42, 43]}, picture_sizes=7)
     assert note not in compare(tmp_path, "val")
-    write_runs(tmp_path, {"dist": [42, 43]}, picture_bytes=8)
+    write_runs(tmp_path, {"dist": [42, 43]}, picture_sizes=8)
     assert note in compare(tmp_path, "val")
 
 
