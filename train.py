@@ -266,7 +266,8 @@ class Run:
             return None
         state = load_checkpoint(path, ("step", "module", "optimizer"))
         saved = state.get("stage")
-        if not isinstance(saved, dict) or saved.keys() != self.identity.keys():
+        whole = {"row", "picture_sizes"} <= state.keys()
+        if not whole or not isinstance(saved, dict) or saved.keys() != self.identity.keys():
             raise InputError(f"{path}: written by an older version, which cannot be continued; "
                              "choose another --out")
         if found := differing_fields(saved, self.identity):
@@ -639,9 +640,10 @@ def check_early(args, data, runs):
             sizes.add(state["picture_sizes"])
         elif run.stage.initial != "none":
             run.start = start_of(args, run.stage)
-    if sizes - {sizes_of_pictures(data)}:
+    today = {sizes_of_pictures(data)}
+    if sizes - today:
         print(f"NOTE: {data.root}: files of pictures have other sizes than when this run began")
-    if sizes != {sizes_of_pictures(data)} and rank() == 0:
+    if sizes != today and rank() == 0:
         check_before_training(data)
 
 
