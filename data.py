@@ -94,6 +94,10 @@ class DataSet:
         if raw.mode not in ("L", "P", "1"):
             raise InputError(f"{path}: mode {raw.mode}, which names no classes; "
                              "export the label again, as PNG with 8 bits")
+        if raw.mode != "P" and IGNORE in self.class_of_colour.values():
+            raise InputError(f"{path}: grey, which means class numbers, where 255 is ignored, but "
+                             "classes.txt ignores colours; remove these lines, or save the label "
+                             "in colours")
         values = np.array(raw, dtype=np.uint8)
         label = self.class_of_value[values]
         if (label < 0).any():
@@ -144,9 +148,14 @@ class DataSet:
             (code, count), *others = unknown.most_common()
             colour = code >> 16, code >> 8 & 255, code & 255
             more = f", as are {len(others)} others" if others else ""
+            remedy = ("give it a line in classes.txt (labelmap.txt), as ignore R G B "
+                      "(ignore:R,G,B::) to leave it out")
+            if len(set(colour)) == 1:
+                remedy += ", or save the label as greys of one channel if they are class numbers"
+            if len(others) > 50:
+                remedy = "is it a picture, not a label?"
             raise InputError(f"{path}: the colour {colour}, {count / codes.size:.1%} of the "
-                             f"pixels, is of no class{more}; give it a line in classes.txt "
-                             "(labelmap.txt), as ignore R G B (ignore:R,G,B::) to leave it out")
+                             f"pixels, is of no class{more}; {remedy}")
         return label.astype(np.uint8)
 
 
@@ -725,9 +734,9 @@ def _short_digest(lines):
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def sizes_of_pictures(data):
-    """sha256 of the sizes in bytes of all pictures that training and validation read."""
-    return _short_digest(f"{path.stat().st_size}\n" for split in ("train", "val", "unlabelled")
+def sizes_of_pictures(data, splits=("train", "val", "unlabelled")):
+    """sha256 of the sizes in bytes of these splits' pictures."""
+    return _short_digest(f"{path.stat().st_size}\n" for split in splits
                          for path, _ in data.pairs.get(split, ()))
 
 
@@ -1040,11 +1049,13 @@ def load_checkpoint(path, keys=()):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the path of a last.pt") from None
     except Exception as e:
-        # other objects are not opened, because they can run code
-        objects = re.search(r"GLOBAL (\S+)", str(e))
-        reason = f"it holds objects of Python, {objects[1]}" if objects else str(e)[:80]
-        raise InputError(f"{path}: not a readable checkpoint ({reason or 'empty'}); make it or get "
-                         "it again, or save the network's state_dict() alone") from None
+        if objects := re.search(r"GLOBAL (\S+)", str(e)):  # not opened, because they can run code
+            raise InputError(f"{path}: not a readable checkpoint (it holds objects of Python, "
+                             f"{objects[1]}); save the network's state_dict() alone") from None
+        with open(path, "rb") as f:  # a pointer of Git LFS, say, or a page that says "log in"
+            begin = f.read(20)
+        raise InputError(f"{path}: not a readable checkpoint ({path.stat().st_size:,} bytes, the "
+                         f"first {begin!r}); get it again, or delete it if a run left it") from None
     missing = [k for k in keys if k not in state] if isinstance(state, dict) else ["dictionary"]
     if missing:
         raise InputError(f"{path}: not a checkpoint of this project: "

@@ -12,7 +12,7 @@
 mIoU: one int64 confusion matrix over all labelled pixels of the split at the labels' original
 resolution, IoU = TP / (TP + FP + FN), mean over the classes that the split's labels hold.
 """
-import csv
+import glob
 import importlib.util
 import io
 import itertools
@@ -217,9 +217,12 @@ def compare(folder, split, against=()):
         for name in against:
             parts += [_against(table, ce, other) for other in table if other.called == name]
         parts.append(_each_class(table))
-        sizes = {result.get("picture_sizes") for row in table for result in row.results.values()}
-        if len(sizes) > 1:
-            parts.append("NOTE: the files of pictures had other sizes in some of these runs")
+        results = [result for row in table for result in row.results.values()]
+        others = [result["folder"].name for result in results
+                  if result["picture_sizes"] != results[0]["picture_sizes"]]
+        if others:
+            parts.append(f"NOTE: the files of pictures had other sizes in {', '.join(others)} than "
+                         f"in {results[0]['folder'].name}")
     for row in rows:
         if not any(row in table for table in tables):
             seeds = ", ".join(map(str, row.results))
@@ -236,11 +239,13 @@ def read_rows(folder, split):
     Raises InputError for results that cannot be read.
     """
     rows, second = {}, []
-    for path in sorted(Path(folder).rglob(f"results-{split}.json")):
+    for path in files_below(folder, f"results-{split}.json"):
         result = read_scores(path)
         if result["method"] in (None, "teacher"):
             continue
         shared = result["stage"] | {key: result[key] for key in ("step", "classes", "scored")}
+        if shared["teacher"]:
+            shared["teacher"] = shared["teacher"] | {"tensors": result["teacher_tensors"]}
         shared.pop("seed")
         own = {key: shared.pop(key) for key in ("method", "weights", "unlabelled", "pool")}
         own["label"] = result.get("label")
@@ -251,6 +256,12 @@ def read_rows(folder, split):
             second.append(f"{path.parent}: {row.called} with seed {result['seed']}, "
                           f"which is that of {first['folder']}")
     return list(rows.values()), second
+
+
+def files_below(folder, name):
+    """Paths of all files of that name, also behind symbolic links."""
+    found = glob.glob(f"**/{name}", root_dir=folder, recursive=True)
+    return [Path(folder, path) for path in sorted(found)]
 
 
 def tables_of(rows):
@@ -385,46 +396,24 @@ def table(rows, classes):
 
 
 def report(folder, entries, data, base, window, device):
-    """Draw comparison.png and curves.png into `folder`, then print the table of networks.
+    """Draw comparison.png into `folder`, then print the table of networks.
 
-    entries: label -> (network, its scores on val, its log.csv or None).
-    The networks are finished: a picture or a log that fails costs a NOTE.
+    entries: label -> (network, its scores on val).
+    The networks are finished: a picture that fails costs a NOTE.
     """
-    networks, curves, rows = {}, {}, []
+    rows, networks = [], {label: network for label, (network, _) in entries.items()}
+    try:
+        picture = comparison(data, "val", base, window, networks, device)
+        save_picture(picture, folder / "comparison.png")
+    except (InputError, OSError) as e:
+        print(f"NOTE: {e}")
     image = torch.randn(1, 3, window, window, device=device)
-    for label, (network, result, log) in entries.items():
-        networks[label] = network
+    for label, (network, result) in entries.items():
         ms = milliseconds(partial(logits_of, network), image)
         rows.append((label, count_parameters(network), ms, result))
-        if log and (measured := read_log(log, ["step", "val_miou"])):
-            curves[label] = [tuple(row.values()) for row in measured]
-    drawn = {"comparison.png": partial(comparison, data, "val", base, window, networks, device)}
-    if curves:
-        drawn["curves.png"] = partial(chart, curves, "step", "val mIoU, %")
-    for name, draw in drawn.items():
-        try:
-            save_picture(draw(), folder / name)
-        except (InputError, OSError) as e:
-            print(f"NOTE: {e}")
     print("\n" + table(rows, data.classes))
-    _report_gains({label: result["miou"] for label, (_, result, _) in entries.items()})
-    print(f"\nrun folder: {folder}; look at comparison.png and curves.png in it")
-
-
-def read_log(path, wanted):
-    """Rows of a log.csv, column -> number, those that have all columns of `wanted`.
-
-    A file that is missing or holds something else costs a NOTE, and there are no rows.
-    """
-    try:
-        with open(path, newline="") as f:
-            head, *rows = csv.reader(f)
-        places = [head.index(name) for name in wanted]
-        rows = [[row[place] for place in places] for row in rows]
-        return [dict(zip(wanted, map(float, row))) for row in rows if all(row)]
-    except (OSError, ValueError, IndexError, csv.Error):
-        print(f"NOTE: {path}: missing or not readable, so nothing of it is shown")
-        return []
+    _report_gains({label: result["miou"] for label, (_, result) in entries.items()})
+    print(f"\nrun folder: {folder}; look at comparison.png in it")
 
 
 def _report_gains(miou):
@@ -451,23 +440,20 @@ def milliseconds(function, image):
     return min(times)
 
 
-def report_terms(folder, weights):
-    """Print the table of the terms of `folder`'s log.csv. weights: term -> weight.
+def report_terms(rows, weights):
+    """Print the table of the terms of a student's log. weights: term -> weight.
 
     gradient: norm of the weighted term's gradient in the student's encoder.
     share: its part of the sum of these norms. One batch alone is too noisy: both are means over
     all validations but that of step 0.
     """
-    wanted = ["step", *(f"raw_{term}" for term in weights), *(f"grad_{term}" for term in weights)]
-    rows = read_log(folder / "log.csv", wanted)
-    if not rows:
-        return
-    norms = {term: [abs(weight) * row[f"grad_{term}"] for row in rows]
+    rows = [row for row in rows if f"grad_{next(iter(weights))}" in row]
+    norms = {term: [abs(weight) * float(row[f"grad_{term}"]) for row in rows]
              for term, weight in weights.items()}
     totals = [sum(of_row) or 1 for of_row in zip(*norms.values())]
     lines = [["term", "raw (last)", "weight", "weighted (last)", "gradient (mean)", "share (mean)"]]
     for term, weight in weights.items():
-        raw = rows[-1][f"raw_{term}"]
+        raw = float(rows[-1][f"raw_{term}"])
         share = statistics.mean(norm / total for norm, total in zip(norms[term], totals))
         lines.append([term, f"{raw:.4g}", f"{weight:g}", f"{weight * raw:.4g}",
                       f"{statistics.mean(norms[term]):.4g}", f"{share:.0%}"])
@@ -540,10 +526,9 @@ def load_network(path, device="cpu"):
     return model.to(device, memory_format=layout).eval(), state
 
 
-# Keys of a last.pt, and scored: labels_digest of the split.
-RESULT_KEYS = ("label", "method", "seed", "stage", "classes", "step", "scored", "picture_sizes")
-
-
+# Keys of a last.pt, and scored: labels_digest of the split, for val with train
+RESULT_KEYS = ("label", "method", "seed", "stage", "classes", "step", "scored", "picture_sizes",
+               "teacher_tensors")
 STAGE_KEYS = {"seed", "method", "weights", "unlabelled", "pool", "teacher"}  # that compare reads
 
 
@@ -555,7 +540,7 @@ def write_scores(folder, split, result, state):
 
 def read_scores(path):
     """What `write_scores` wrote. Raises InputError where it cannot be read."""
-    needed = {"miou", "iou", "pixel_accuracy", *RESULT_KEYS} - {"label", "picture_sizes"}
+    needed = {"miou", "iou", "pixel_accuracy", *RESULT_KEYS}
     try:
         result = json.loads(path.read_text())
         complete = result.keys() >= needed and result["stage"].keys() >= STAGE_KEYS
@@ -575,11 +560,6 @@ def save_picture(picture, path):
 
 
 # ---------------------------------------------------------------- pictures
-
-# The colour-blind can tell these apart, too.
-COLOURS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-FONT = ImageFont.load_default(size=18)
-
 
 def paint(classes, palette):
     """RGB picture (PIL) of a map (H,W) of class indices. 255 is white, which few palettes have."""
@@ -648,35 +628,6 @@ def comparison(data, split, base, window, models, device):
     return Image.fromarray(np.vstack(strips))
 
 
-def chart(curves, xlabel, ylabel):
-    """Line chart (PIL) of curves: name -> [(x, y), ...], each with at least one point."""
-    xs, ys = zip(*itertools.chain(*curves.values()))
-    width, height = max(xs) - min(xs) or 1, max(ys) - min(ys) or 1
-    sheet = Image.new("RGB", (800, 480), "white")
-    draw = ImageDraw.Draw(sheet)
-    text = partial(draw.text, fill="black", font=FONT)
-    left, right, top, bottom = 60, 770, 70, 420
-    for part in (0, 0.25, 0.5, 0.75, 1):
-        x, y = left + (right - left) * part, bottom - (bottom - top) * part
-        draw.line((x, top, x, bottom), fill="lightgrey")
-        draw.line((left, y, right, y), fill="lightgrey")
-        text((x, bottom + 6), f"{round(min(xs) + width * part, 1):g}", anchor="ma")
-        text((left - 8, y), f"{round(min(ys) + height * part, 1):g}", anchor="rm")
-    text((right, 474), xlabel, anchor="rd")
-    text((8, top - 12), ylabel, anchor="ld")
-    key = left  # where the next name in the line above the chart begins
-    for (name, curve), colour in zip(curves.items(), itertools.cycle(COLOURS)):
-        dots = [(left + (right - left) * (x - min(xs)) / width,
-                 bottom - (bottom - top) * (y - min(ys)) / height) for x, y in curve]
-        draw.line(dots, fill=colour, width=3)
-        for x, y in dots:
-            draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour)
-        draw.line((key, 18, key + 24, 18), fill=colour, width=5)
-        text((key + 32, 18), name, anchor="lm")
-        key += 60 + FONT.getlength(name)
-    return sheet
-
-
 # ---------------------------------------------------------------- four commands
 
 def _score(args):
@@ -709,7 +660,8 @@ def _score(args):
     result = scores(matrix.cpu())
     try:  # first the file, because whoever reads the table may close the pipe
         if split == "test" and not why:
-            scored = {"scored": labels_digest(data, split)}
+            scored = {"scored": labels_digest(data, split),
+                      "picture_sizes": sizes_of_pictures(data, [split])}
             write_scores(path.parent, split, result, state | scored)
     finally:
         print(table([(state["name"], count_parameters(model), None, result)], data.classes))
@@ -796,7 +748,7 @@ def _compare(args):
     folder, split = Path(args.folder), args.split
     print(compare(folder, split, args.against))
     missing = []
-    for last in sorted(folder.rglob("last.pt")):
+    for last in files_below(folder, "last.pt"):
         of_teacher = any(part.startswith("teacher-") for part in last.relative_to(folder).parts)
         if not of_teacher and not last.with_name(f"results-{split}.json").exists():
             missing.append(last.parent.name)

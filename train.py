@@ -16,6 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import csv
 import hashlib
+import io
 import math
 import multiprocessing
 import signal
@@ -68,7 +69,7 @@ def distil(run, teacher=None, pool=None):
     run.resume(trained, optimizer)
     parallel = run.parallel(trained)  # the same network, with gradients averaged over processes
     log = Log(run)
-    if log.unwritten:
+    if log.lacks_scores():
         log.write(run.step, run.validate(run.step, student))
 
     for step, images, labels in run.batches(unlabelled="A_v" in method.needs):
@@ -90,7 +91,7 @@ def distil(run, teacher=None, pool=None):
         log.add(terms, loss)
         if run.row_due(step):
             log.average(step, optimizer, trained)
-            run.save_if_due(step, log.row)
+            run.save_if_due(step)
             log.write(step, run.validate(step, student))
     return student.eval()
 
@@ -107,7 +108,7 @@ def train_teacher(run):
     run.resume(teacher, optimizer)
     parallel = run.parallel(teacher)
     log = Log(run)
-    if log.unwritten:
+    if log.lacks_scores():
         log.write(run.step, run.validate(run.step, teacher))
 
     for step, images, labels in run.batches():
@@ -121,7 +122,7 @@ def train_teacher(run):
         log.add({"ce": loss}, loss)
         if run.row_due(step):
             log.average(step, optimizer, teacher)
-            run.save_if_due(step, log.row)
+            run.save_if_due(step)
             log.write(step, run.validate(step, teacher))
     return teacher.freeze()
 
@@ -252,7 +253,7 @@ class Run:
         self.workers, self.log_every = args.workers, args.log_every
         self.val_every = args.val_every or -(-stage.steps // 4)  # a quarter, rounded up
         self.start = None  # state dict that the encoder or backbone starts from
-        self.step, self.row = 0, {}
+        self.step, self.rows = 0, []  # rows: those of log.csv
         self.description = {
             "name": stage.network, "dataset": stage.dataset, "classes": stage.classes,
             "palette": [list(colour) for colour in data.palette],
@@ -266,7 +267,7 @@ class Run:
             return None
         state = load_checkpoint(path, ("step", "module", "optimizer"))
         saved = state.get("stage")
-        whole = {"row", "picture_sizes"} <= state.keys()
+        whole = {"rows", "picture_sizes"} <= state.keys()
         if not whole or not isinstance(saved, dict) or saved.keys() != self.identity.keys():
             raise InputError(f"{path}: written by an older version, which cannot be continued; "
                              "choose another --out")
@@ -286,10 +287,13 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self.read()  # again: hours may lie between `check_early` and this
         if state:
-            load_strictly(module, state["module"], self.folder / "last.pt", "this stage",
-                          "choose another --out")
+            path = self.folder / "last.pt"
+            if state.get("teacher_tensors") != self.description.get("teacher_tensors"):
+                raise InputError(f"{path}: learned from a teacher with other tensors, though of an "
+                                 "equal training; put that teacher back, or choose another --out")
+            load_strictly(module, state["module"], path, "this stage", "choose another --out")
             optimizer.load_state_dict(state["optimizer"])
-            self.row = state["row"]
+            self.rows = state["rows"]
         elif self.stage.initial != "none" and not self.start:
             raise InputError(f"{self.folder}: its last.pt is gone; run the same command again")
         elif rank() == 0:
@@ -300,17 +304,17 @@ class Run:
             raise InputError(f"{self.folder}/last.pt: not the same for all processes; they need "
                              "one disk")
 
-    def save_if_due(self, step, row=None):
+    def save_if_due(self, step):
         """Save before a validation, where SAVE_SECONDS are over, or where a signal asks for it."""
         late = time.monotonic() - self.saved_at > self.SAVE_SECONDS
         if self.validation_due(step) or any_process(late or Stop.asked):
-            self.save(step, row)
+            self.save(step)
 
-    def save(self, step, row=None):
+    def save(self, step):
         """Write last.pt. Raises KeyboardInterrupt where a signal asked for the end."""
         if rank() == 0:
             save_tensors(self.folder / "last.pt", self.description | {
-                "step": step, "row": row or {}, "module": self.module.state_dict(),
+                "step": step, "rows": self.rows, "module": self.module.state_dict(),
                 "optimizer": self.optimizer.state_dict()})
         self.saved_at = time.monotonic()
         if any_process(Stop.asked):
@@ -404,52 +408,38 @@ class Run:
         return scores(matrix.cpu())
 
     def write_scores(self, result):
-        about = {"step": self.stage.steps, "scored": labels_digest(self.data, "val")}
+        labels = labels_digest(self.data, "train", "val")
+        if labels != self.stage.labels:
+            print(f"NOTE: {self.data.root}: labels have changed since this command began, so "
+                  f"that {self.folder} cannot be compared; begin anew with another --out")
+        about = {"step": self.stage.steps, "scored": labels}
         write_scores(self.folder, "val", result, self.description | about)
 
 
 class Log:
     """log.csv of a stage: a row holds means over the steps since the row before.
 
-    unwritten: whether a row is due before the first step: a student's row of step 0, or that of
-    the last checkpoint, if a kill came before the row was written.
+    The rows are the run's own, kept in last.pt, and the file is written from them.
     """
 
     def __init__(self, run):
         self.run, self.path = run, run.folder / "log.csv"
         self.names = list(run.stage.weights)
-        student = run.stage.stage == "student"
-        kinds = ["raw", "grad"] if student else ["raw"]
+        kinds = ["raw", "grad"] if run.stage.stage == "student" else ["raw"]
         self.fields = ["step", "lr", "seconds_per_step", "total"]
         self.fields += [f"{kind}_{name}" for kind in kinds for name in self.names]
         self.fields += ["val_miou"] if run.stage.stage != "pool" else []
-        self.values, self.shown, self.began = [], "", time.monotonic()
-        self.unwritten = student and run.step == 0
-        if rank() == 0 and not run.finished():  # a finished log is only read
-            rows = self.rows_before(run.step)
-            written = rows and int(rows[-1]["step"]) == run.step
-            if run.row and not written:
-                self.unwritten = True
-            lines = [",".join(self.fields), *(",".join(row.values()) for row in rows)]
-            write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
-        self.unwritten = any_process(self.unwritten)
-        self.row = run.row if self.unwritten else {}
+        self.values, self.gradients, self.began = [], {}, time.monotonic()
+        if not run.finished():  # a finished log is only read
+            self.write_file()
 
-    def rows_before(self, step):
-        """The rows up to `step`, without what a killed run wrote after its last checkpoint."""
-        if step == 0 or not self.path.exists():
-            return []
-        # a run that is trained but not scored repeats its last row
-        last = step - 1 if step == self.run.stage.steps else step
-        try:
-            lines = self.path.read_text().split("\n")[:-1]  # a killed run can leave half a row
-            rows = list(csv.DictReader(lines))
-            if all(list(row) == self.fields for row in rows):
-                return [row for row in rows if int(row["step"]) <= last]
-        except (ValueError, csv.Error):
-            pass
-        raise InputError(f"{self.path}: its columns are not those of this run; restore it or move "
-                         "it away")
+    def lacks_scores(self):
+        """Whether a validation is due at once: of a new student, or where the run was killed."""
+        run = self.run
+        if run.step == 0:
+            return run.stage.stage == "student"
+        return (run.validation_due(run.step) and "val_miou" not in run.rows[-1]
+                and not run.finished())
 
     def add(self, terms, loss):
         """Keep a step's unweighted terms and the loss, on their device."""
@@ -459,46 +449,53 @@ class Log:
     def add_gradients(self, terms, encoder):
         """Keep each term's gradient norm in the encoder for the row."""
         norms = gradient_norms(terms, encoder)
-        self.row |= {f"grad_{name}": f"{norm:.6g}" for name, norm in zip(terms, norms)}
+        self.gradients = {f"grad_{name}": f"{norm:.6g}" for name, norm in zip(terms, norms)}
 
     def average(self, step, optimizer, module):
-        """Average what was added. Raises InputError where a loss or a parameter is not finite.
+        """Begin a row with the means of what was added.
 
-        Call it before saving and validating: what is not finite must be neither kept nor scored,
-        and validation time is not counted.
+        Raises InputError where a loss or a parameter is not finite. Call it before saving and
+        validating: what is not finite must be neither kept nor scored, and validation time is not
+        counted.
         """
         values = losses.all_sum(torch.stack(self.values)).double().cpu()  # steps, terms and loss
         values /= processes()
         self.check_finite(step, values, module)
         seconds = (time.monotonic() - self.began) / len(values)
         *terms, total = values.mean(0).tolist()
-        terms = dict(zip(self.names, terms))
-        self.row |= {"lr": f"{optimizer.param_groups[0]['lr']:.4g}",
-                     "seconds_per_step": f"{seconds:.3f}", "total": f"{total:.6g}"}
-        self.row |= {f"raw_{name}": f"{value:.6g}" for name, value in terms.items()}
-        weights = self.run.stage.weights
-        self.shown = " ".join(f"{name} {weights[name] * terms[name]:.3f}" for name in self.names)
+        row = {"step": step, "lr": f"{optimizer.param_groups[0]['lr']:.4g}",
+               "seconds_per_step": f"{seconds:.3f}", "total": f"{total:.6g}"}
+        row |= {f"raw_{name}": f"{value:.6g}" for name, value in zip(self.names, terms)}
+        self.run.rows.append(row | self.gradients)
+        self.values, self.gradients = [], {}
 
     def write(self, step, result=None):
-        """Append the row, with the mIoU of a validation, and begin the next one.
+        """Write and print the last row, with the mIoU of a validation.
 
         After the last row the scores are written: a run that has them lacks nothing.
         """
-        stage, scored = self.run.stage, {}
+        stage, rows, words = self.run.stage, self.run.rows or [{"step": 0}], []
+        for name in self.names:
+            if value := rows[-1].get(f"raw_{name}"):
+                words.append(f"{name} {stage.weights[name] * float(value):.3f}")
         if result:
-            scored["val_miou"] = f"{result['miou']:.3f}"
+            rows[-1]["val_miou"] = f"{result['miou']:.3f}"
+            words.append(f"val mIoU {result['miou']:.2f}")
+        self.run.rows = rows
+        self.write_file()
+        if rank() == 0 and result and step == stage.steps:
+            self.run.write_scores(result)
+        if result or not (sys.stderr and sys.stderr.isatty()):  # on a terminal the bar suffices
+            tqdm.write(f"{stage.stage} {step}/{stage.steps}: {' '.join(words)}")
+        self.began = time.monotonic()
+
+    def write_file(self):
         if rank() == 0:
-            with open(self.path, "a", newline="") as f:
-                writer = csv.DictWriter(f, self.fields, lineterminator="\n")
-                if f.tell() == 0:  # somebody moved the file away
-                    writer.writeheader()
-                writer.writerow({"step": step} | self.row | scored)
-            if result and step == stage.steps:
-                self.run.write_scores(result)
-        words = f" val mIoU {result['miou']:.2f}" if result else ""
-        if words or not (sys.stderr and sys.stderr.isatty()):  # on a terminal the bar suffices
-            tqdm.write(f"{stage.stage} {step}/{stage.steps}: {self.shown}{words}")
-        self.values, self.row, self.began = [], {}, time.monotonic()
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self.fields, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.run.rows)
+            write_atomically(self.path, text.getvalue().encode())
 
     def check_finite(self, step, values, module):
         """A non-finite step must not reach a checkpoint. Seed and step identify the batch."""
@@ -543,11 +540,14 @@ def train(args):
     entries, T, P = {}, None, None  # entries: rows of the table
     if isinstance(teacher, GivenTeacher):
         T = teacher.network
-        entries["teacher"] = T, scores_of_given(args, data, teacher, students), None
+        entries["teacher"] = T, scores_of_given(args, data, teacher, students)
     elif teacher:
         with teacher.at_work():
             T = train_teacher(teacher)
         add_entry(entries, "teacher", T, teacher)
+    for run in runs:  # two teachers of one Stage differ, if they are from two machines
+        if run.stage.teacher:
+            run.description["teacher_tensors"] = digest_of_tensors(T)
     if args.clip:
         P = load_clip_pool(args.clip, T.channels, pool_grid(T, args.crop, args.device))
         P = P.to(args.device)
@@ -565,7 +565,7 @@ def train(args):
         folder = (students or [teacher])[-1].folder
         folder.mkdir(parents=True, exist_ok=True)
         if students:
-            report_terms(folder, students[-1].stage.weights)
+            report_terms(students[-1].rows, students[-1].stage.weights)
         report(folder, entries, data, args.base, args.crop, args.device)
 
 
@@ -666,10 +666,9 @@ def announce(args, data, runs):
 
 
 def add_entry(entries, name, network, run):
-    """A row of the table: the network, its scores on val and its log."""
+    """A row of the table: the network and its scores on val."""
     if rank() == 0:
-        result = read_scores(run.folder / "results-val.json")
-        entries[name] = network, result, run.folder / "log.csv"
+        entries[name] = network, read_scores(run.folder / "results-val.json")
 
 
 # ---------------------------------------------------------------- weights that the user gives
@@ -689,6 +688,13 @@ def digest_of(path):
         raise InputError(f"{path}: no such file; give the path of a weights file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a folder; give the path of a weights file in it") from None
+
+
+def digest_of_tensors(module):
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def start_of(args, stage):
@@ -773,7 +779,7 @@ def scores_of_given(args, data, teacher, students):
     if students and rank() == 0:
         folder = students[-1].folder / teacher.folder.name
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"method": None, "step": 0, "scored": labels_digest(data, "val")}
+        about = {"method": None, "step": 0, "scored": students[-1].stage.labels}
         write_scores(folder, "val", result, students[-1].description | about)
     return result
 

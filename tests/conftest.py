@@ -119,7 +119,8 @@ def result(out):
         key = str(path.relative_to(out))
         if path.suffix == ".pt":
             state = torch.load(path, weights_only=True)
-            state["row"].pop("seconds_per_step", None)
+            for row in state["rows"]:
+                row.pop("seconds_per_step", None)
             found[key] = bits(state)
         elif path.suffix == ".csv":
             found[key] = [{k: v for k, v in row.items() if k != "seconds_per_step"}

@@ -492,7 +492,8 @@ REFUSED = {  # what is wrong: (how the label 0 1 2 1 is spoilt, what the message
     "other colour": (lambda p: put(p, COLOURS[[[0, 3, 3, 1]]]),
                      "colour (1, 2, 3), 50.0% of the pixels, is of no class; give it a line in"),
     "numbers in three channels": (lambda p: put(p, [[(k, k, k) for k in (0, 1, 1, 2)]]),
-                                  "colour (1, 1, 1), 50.0% of the pixels, is of no class, as ar"),
+                                  "or save the label as greys of one channel if they are class n"),
+    "a picture": (lambda p: put(p, [[(k, 90, 90) for k in range(60)]]), "a picture, not a label?"),
     "palette half known": (palette([LIGHT, OTHER, SKY]), "colour (1, 2, 3), 50.0% of the pixels"),
     "palette of other greys": (palette([(1, 1, 1), (0, 0, 0), (2, 2, 2)]), "colour (0, 0, 0), 50"),
     "stray index": (palette(padded(ROAD, LIGHT, SKY), [[0, 1, 2, 11]]), "classes: 11 (1 pixels)"),
@@ -514,6 +515,14 @@ def test_a_label_that_may_not_be_what_was_meant_is_named(tmp_path, script, what)
     code, out, last = script(tmp_path)
     assert code == 2 and words in out and last == \
         "error: 1 faulty files are listed above; mend or remove them"
+
+
+def test_grey_labels_beside_an_ignored_colour_are_refused(tmp_path):
+    """Is 0 the first line or the first class?"""
+    put_folder(tmp_path, [[[0, 1, 2, 255]]] * 2)
+    (tmp_path / "classes.txt").write_text("ignore 0 0 0\nroad 1 2 3\nsky 4 5 6\ncar 7 8 9\n")
+    with pytest.raises(InputError, match="0.png: grey, .* classes.txt ignores colours; remove"):
+        open_dataset("folder", tmp_path).read("train", 0)
 
 
 def test_palettes_of_public_data_are_not_looked_at(tmp_path):
@@ -1012,6 +1021,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     (b"hello\n", "not a readable checkpoint"),
     ({"a": 1}, "not a checkpoint of this project: no step, network in it"),
     ([1], "not a checkpoint of this project: no dictionary in it; give a last.pt"),
+    (b"version https://git-lfs.github.com/spec/v1", "42 bytes, the first b'version https://git-"),
     (torch.nn.Linear(1, 1), "(it holds objects of Python, torch.nn.modules.linear.Linear)")))
 def test_what_is_no_checkpoint_is_refused(tmp_path, content, words):
     path = tmp_path / "x.pt"

@@ -207,7 +207,7 @@ def whole_run(args):
 def test_one_process_writes_and_leaves_the_files_of_a_single_run(folder, tmp_path):
     whole_run(prepare(options(folder, tmp_path / "one", *FEW)))
     first, second = two(tmp_path, whole_run, options(folder, tmp_path / "two", *FEW))
-    assert {"last.pt.part", "log.csv", "results-val.json.part"} <= set(first)
+    assert {"last.pt.part", "log.csv.part", "results-val.json.part"} <= set(first)
     assert [f for f in second if f.endswith((".pt", ".csv", ".png", ".part"))] == []
     one, other = (sorted(str(p.relative_to(tmp_path / n)) for p in (tmp_path / n).rglob("*"))
                   for n in ("one", "two"))

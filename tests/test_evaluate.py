@@ -19,7 +19,7 @@ import evaluate as module
 from conftest import error_of
 from data import (IGNORE, EvalImages, InputError, labels_digest, normalise, open_dataset,
                   sizes_of_pictures)
-from evaluate import (chart, class_map, compare, comparison, confusion_matrix, evaluate,
+from evaluate import (class_map, compare, comparison, confusion_matrix, evaluate,
                       load_network, miou_of_commonest_class, overlay, paint, predict, report,
                       report_terms, scores, table, write_scores)
 from losses import Outputs
@@ -296,19 +296,6 @@ def test_comparison_has_a_row_an_image_and_a_column_a_network(data):
         assert sheet.getpixel((x, y)) == label.getpixel((column, row))
 
 
-def test_chart_draws_every_curve_in_its_colour():
-    curves = {"teacher": [(0, 10), (400, 60)], "mine": [(100, 30), (400, 45)], "ce": [(200, 20)]}
-    picture = chart(curves, "step", "val mIoU")
-    assert picture.getpixel((2, 2)) == (255, 255, 255)
-    # axes 0..400 and 10..60 between the pixels 60..770 and 420..70
-    colours = [module.ImageDraw.ImageColor.getrgb(colour) for colour in module.COLOURS]
-    assert picture.getpixel((60, 420)) == picture.getpixel((770, 70)) == colours[0]
-    assert picture.getpixel((60 + 355, 420 - 70)) == colours[2]
-    assert colours[1] in {colour for _, colour in picture.getcolors(100_000)}
-    many = {f"row {k}": [(0, k), (1, k)] for k in range(len(colours) + 2)}
-    assert chart(many, "step", "val mIoU").size == chart({"x": [(5, 5)]}, "", "").size
-
-
 # ---------------------------------------------------------------- tables
 
 WHOLE = {"miou": 50.0, "iou": [60.0, 40.0], "pixel_accuracy": 90.0}
@@ -328,13 +315,12 @@ def test_table_of_networks_says_over_how_many_classes_the_mean_is():
 
 @pytest.fixture
 def entries(tmp_path):
-    """What `report` takes: a teacher that was given, and two students with a log."""
+    """What `report` takes: a teacher and two students."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "log.csv").write_text("step,val_miou\n1,\n2,30\n")
     result = {"iou": [50.0] * 3, "pixel_accuracy": 90.0}
-    return {"teacher": (Pointwise(), result | {"miou": 50.0}, None),
-            "student alone": (Pointwise(), result | {"miou": 45.0}, tmp_path / "log.csv"),
-            "c2vkd": (Pointwise(), result | {"miou": 51.5}, tmp_path / "log.csv")}
+    return {"teacher": (Pointwise(), result | {"miou": 50.0}),
+            "student alone": (Pointwise(), result | {"miou": 45.0}),
+            "c2vkd": (Pointwise(), result | {"miou": 51.5})}
 
 
 def test_report_draws_prints_the_table_and_the_gain(entries, data, tmp_path, capsys):
@@ -343,38 +329,20 @@ def test_report_draws_prints_the_table_and_the_gain(entries, data, tmp_path, cap
     assert line(text, "student alone")[-2:] == ["45.00", "90.00"] and "NOTE" not in text
     assert "gain of c2vkd over student alone: +6.50 mIoU on val, one seed" in text
     assert "WARNING: c2vkd is better than its teacher" in text
-    for name in ("comparison.png", "curves.png"):
-        assert Image.open(tmp_path / "run" / name).width > 0
-
-
-@pytest.mark.parametrize("content", [
-    None, b"", b"step;val_miou\n2;30\n", b"40,0.1,0.2\n", b"step,val_miou\n2,abc\n",
-    b"\xff\xfe\0s", b"step,val_miou\n2\n"])
-def test_a_log_that_is_lost_or_altered_costs_a_note(entries, data, tmp_path, capsys, content):
-    log = tmp_path / "log.csv"
-    log.unlink()
-    if content is not None:
-        log.write_bytes(content)
-    report(tmp_path / "run", entries, data, 32, 32, "cpu")
-    report_terms(tmp_path, {"ce": 1.0})
-    text = capsys.readouterr().out
-    assert f"NOTE: {log}: missing or not readable" in text
-    assert line(text, "student alone") and "gain of c2vkd" in text
-    assert (tmp_path / "run" / "comparison.png").exists()
+    assert Image.open(tmp_path / "run/comparison.png").width > 0
 
 
 def test_a_picture_that_cannot_be_drawn_or_written_costs_a_note(entries, data, tmp_path, capsys):
     folder = tmp_path / "run"
-    (folder / "curves.png").mkdir()
+    (folder / "comparison.png").mkdir()
     (tmp_path / "damaged.png").touch()
     damaged = open_dataset("folder", data.root)
     damaged.pairs["val"] = [(tmp_path / "damaged.png", data.pairs["val"][0][1])]
-    for pictures, notes in ((data, ["curves.png"]), (damaged, ["damaged.png", "curves.png"])):
+    for pictures, named in ((data, "comparison.png"), (damaged, "damaged.png")):
         report(folder, entries, pictures, 32, 32, "cpu")
         text = capsys.readouterr().out
-        said = [row for row in text.splitlines() if row.startswith("NOTE: ")]
-        assert len(said) == len(notes) and all(n in row for n, row in zip(notes, said))
-        assert "gain of c2vkd" in text and (folder / "comparison.png").exists()
+        (said,) = [row for row in text.splitlines() if row.startswith("NOTE: ")]
+        assert named in said and "gain of c2vkd" in text
 
 
 def test_report_keeps_its_pictures_where_printing_fails(entries, data, tmp_path, monkeypatch):
@@ -383,23 +351,20 @@ def test_report_keeps_its_pictures_where_printing_fails(entries, data, tmp_path,
     monkeypatch.setattr("builtins.print", broken)
     with pytest.raises(BrokenPipeError):
         report(tmp_path / "run", entries, data, 32, 32, "cpu")
-    for name in ("comparison.png", "curves.png"):
-        assert Image.open(tmp_path / "run" / name).width > 0
+    assert Image.open(tmp_path / "run/comparison.png").width > 0
 
 
-def test_terms_are_one_table_of_means_over_the_validations(tmp_path, capsys):
-    (tmp_path / "log.csv").write_text("step,raw_pdd,raw_gb,grad_pdd,grad_gb\n"
-                                      "0,9,9,,\n40,2,0.5,3,0.1\n60,2,0.5,,\n400,1,0.25,1,0.3\n")
-    report_terms(tmp_path, {"pdd": 1.0, "gb": 10.0})
+def test_terms_are_one_table_of_means_over_the_validations(capsys):
+    names = "raw_pdd", "raw_gb", "grad_pdd", "grad_gb"
+    values = (), ("2", "0.5", "3", "0.1"), ("2", "0.5"), ("1", "0.25", "1", "0.3")
+    rows = [dict(zip(names, row)) for row in values]
+    report_terms(rows, {"pdd": 1.0, "gb": 10.0})
     text = capsys.readouterr().out
     # norms 3 and 1 at step 40, 1 and 3 at step 400
     assert line(text, "pdd") == ["pdd", "1", "1", "1", "2", "50%"]
     assert line(text, "gb") == ["gb", "0.25", "10", "2.5", "2", "50%"]
-    report_terms(tmp_path, {"pdd": 0.0, "gb": 1.0})
+    report_terms(rows, {"pdd": 0.0, "gb": 1.0})
     assert line(capsys.readouterr().out, "gb")[-2:] == ["0.2", "100%"]
-    (tmp_path / "log.csv").write_text("step,raw_ce,grad_ce\n1,2,\n")  # nothing was measured
-    report_terms(tmp_path, {"ce": 1.0})
-    assert capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------- checkpoints and export
@@ -525,10 +490,12 @@ def test_labels_count_by_their_bytes_wherever_they_lie(checkpoint, root, tmp_pat
     assert "not kept for compare: other data" in text and not results.exists()
 
 
-def test_a_picture_that_was_replaced_costs_a_note(checkpoint, run):
+def test_a_picture_that_was_replaced_costs_a_note(checkpoint, data, run):
     altered(checkpoint, picture_sizes=1)
     text = run("score", checkpoint, "--split", "test")
-    assert text.count("NOTE: ") == 1 and checkpoint.with_name("results-test.json").exists()
+    found = json.loads(checkpoint.with_name("results-test.json").read_text())
+    assert text.count("NOTE: ") == 1
+    assert found["picture_sizes"] == sizes_of_pictures(data, ["test"])  # those that it saw
 
 
 def test_a_score_is_kept_before_it_is_printed_and_printed_where_it_cannot_be_kept(
@@ -670,12 +637,22 @@ def line(text, start):
 
 
 def test_runs_on_pictures_of_other_sizes_are_compared_with_a_note(tmp_path):
-    note = "NOTE: the files of pictures had other sizes in some of these runs"
+    note = "NOTE: the files of pictures had other sizes in "
     write_runs(tmp_path, {"ce": [40, 41]}, picture_sizes=7)
     write_runs(tmp_path, {"kd": [42, 43]}, picture_sizes=7)
     assert note not in compare(tmp_path, "val")
     write_runs(tmp_path, {"dist": [42, 43]}, picture_sizes=8)
-    assert note in compare(tmp_path, "val")
+    assert f"{note}dist-seed0, dist-seed1 than in ce-seed0" in compare(tmp_path, "val")
+
+
+def test_runs_behind_a_symbolic_link_are_compared_and_their_missing_scores_named(tmp_path, run):
+    write_runs(tmp_path / "elsewhere", {"kd": [42]})
+    (tmp_path / "elsewhere/more").mkdir()
+    (tmp_path / "elsewhere/more/last.pt").touch()
+    write_runs(tmp_path / "a[b]", {"ce": [40]})
+    (tmp_path / "a[b]/link").symlink_to(tmp_path / "elsewhere")
+    text = run("compare", tmp_path / "a[b]")
+    assert line(text, "kd")[4] == "+2.00" and "NOTE: no val scores of more:" in text
 
 
 def test_gains_are_paired_by_seed(tmp_path):
@@ -718,12 +695,14 @@ def test_a_table_has_one_teacher_and_the_student_alone_stands_in_each(tmp_path):
     write_runs(tmp_path, {"ce": [50, 52]})
     write_runs(tmp_path / "a", {"c2vkd": [53, 53]})
     write_runs(tmp_path / "b", {"c2vkd": [60, 60]}, teacher="bad")
+    write_runs(tmp_path / "d", {"c2vkd": [80, 80]}, teacher_tensors="1")  # of an equal training
     given = {"teacher": {"network": "good", "weights": "sha256 1234"}}
     write_runs(tmp_path / "c", {"c2vkd": [70, 70]}, stage=given)
-    first, second, third = compare(tmp_path, "val").split(f"{tmp_path}: ")[1:]
-    assert first.startswith("val, 400 steps, teacher network good\n")
-    assert second.startswith("val, 400 steps, teacher network bad\n")
-    assert third.startswith("val, 400 steps, teacher network good, weights sha256 1234\n")
+    first, second, third, fourth = compare(tmp_path, "val").split(f"{tmp_path}: ")[1:]
+    assert first.startswith("val, 400 steps, teacher network good, tensors None\n")
+    assert fourth.startswith("val, 400 steps, teacher network good, tensors 1\n")
+    assert second.startswith("val, 400 steps, teacher network bad, tensors None\n")
+    assert third.startswith("val, 400 steps, teacher network good, weights sha256 1234, ")
     for text, gain in ((first, "+2.00"), (second, "+9.00"), (third, "+19.00")):
         assert line(text, "c2vkd")[4] == gain and line(text, "ce") == line(first, "ce")
 

@@ -20,6 +20,7 @@ import train
 from conftest import (TEACHER, differing, error_of, options, parsed, put_folder, result, rows_of,
                       run)
 from data import InputError
+from evaluate import read_scores
 from losses import METHODS, Method
 
 LISTEN = train.Stop.listen
@@ -150,7 +151,7 @@ def test_the_first_command_trains_the_teacher_and_two_students_that_begin_alike(
                  "stages: teacher deeplabv3_resnet10: 2 steps; pool: 2 steps; "
                  "student mit_nano, ce: 3 steps; student mit_nano, c2vkd: 3 steps"):
         assert line in text
-    for name in ("comparison.png", "curves.png", "results-val.json"):
+    for name in ("comparison.png", "results-val.json"):
         assert (runs / names[1] / name).stat().st_size > 100
     alone, other = (begun[name] for name in names)
     assert alone.keys() == other.keys()
@@ -350,13 +351,34 @@ def test_a_given_last_pt_is_scored_once_and_is_the_same_teacher(folder, taught, 
     assert "stages: student mit_nano, kd: 4 steps\n" in capsys.readouterr().out
     before = result(out)
     run(trained)
-    assert len(found) == 1  # and the chart has a teacher's curve now
-    assert differing(out, before) == ["folder/kd-mit_nano-seed0/curves.png"]
+    assert len(found) == 1
+    assert differing(out, before) == []
     with pytest.raises(InputError, match="holds deeplabv3_resnet10, wanted deeplabv3_resnet50"):
         run([*argv, "--teacher", "deeplabv3_resnet50"])
     torch.save(torch.load(given) | {"step": 3}, out / "begun.pt")
     with pytest.raises(InputError, match="begun.pt: trained for 3 of its 4 steps; finish it"):
         run([*argv, "--teacher-weights", str(out / "begun.pt")])
+
+
+def test_a_run_goes_on_under_the_same_tensors_alone(folder, taught, out, capsys):
+    """A teacher of an equal Stage may differ, say if another machine trained it."""
+    argv = options(folder, out, "--method", "c2vkd")
+    run(argv)
+    before, path = result(out), out / "folder" / TEACHER / "last.pt"
+    state = torch.load(path)
+    state["module"]["classifier.2.bias"] += 1e-3
+    torch.save(state, path)
+    message = error_of(train.main, argv, capsys)
+    assert "pool/last.pt: learned from a teacher with other tensors" in message
+    argv = options(folder, out, "--method", "kd")
+    run(argv)
+    torch.save(torch.load(taught / TEACHER / "last.pt"), path)
+    assert "kd-mit_nano-seed0/last.pt: learned from a teacher with other" in error_of(
+        train.main, argv, capsys)
+    assert {k: v for k, v in result(out).items() if "/kd-" not in k} == before
+    digests = {read_scores(path)["teacher_tensors"] for path in out.rglob("results-val.json")
+               if "seed0" in str(path)}
+    assert len(digests) == 2
 
 
 def plain_teacher(path, seed):
@@ -430,7 +452,7 @@ def test_rank_alone_does_not_make_a_process_one_of_several(folder, tmp_path, mon
     assert last(tmp_path / "folder/ce-mit_nano-seed0")["step"] == 4
 
 
-def test_a_log_that_was_moved_away_costs_a_note(folder, tmp_path, monkeypatch, capsys):
+def test_a_log_that_was_moved_away_costs_nothing(folder, tmp_path, monkeypatch, capsys):
     argv, schedule = options(folder, tmp_path, "--method", "ce"), train.schedule
     log = tmp_path / "folder/ce-mit_nano-seed0/log.csv"
 
@@ -442,11 +464,28 @@ def test_a_log_that_was_moved_away_costs_a_note(folder, tmp_path, monkeypatch, c
     monkeypatch.setattr(train, "schedule", moving)
     run(argv)
     assert "student alone" in capsys.readouterr().out
-    assert [row["step"] for row in rows_of(log.parent)] == ["3", "4"]
+    assert [row["step"] for row in rows_of(log.parent)] == ["0", "1", "2", "3", "4"]
     log.unlink()
     run(argv)  # finished
     text = capsys.readouterr().out
-    assert "student alone" in text and f"NOTE: {log}: missing" in text
+    assert "student alone" in text and "share (mean)" in text and "NOTE" not in text
+
+
+def test_labels_that_change_in_mid_run_set_its_scores_apart(mine, tmp_path, monkeypatch, capsys):
+    argv, schedule = options(mine, tmp_path, "--method", "ce"), train.schedule
+    path = mine / "labels/train/0.png"
+
+    def editing(step, *rest, **more):
+        if step == 3:
+            Image.fromarray(1 - np.array(Image.open(path)).clip(0, 1)).save(path)
+        return schedule(step, *rest, **more)
+
+    monkeypatch.setattr(train, "schedule", editing)
+    run(argv)
+    assert f"NOTE: {mine}: labels have changed since" in capsys.readouterr().out
+    found = read_scores(tmp_path / "folder/ce-mit_nano-seed0/results-val.json")
+    assert found["scored"] != found["stage"]["labels"]
+    assert "last.pt: from a different experiment: labels" in error_of(train.main, argv, capsys)
 
 
 def test_deleted_scores_of_a_finished_run_are_measured_again(folder, tmp_path):
