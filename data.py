@@ -141,8 +141,10 @@ class DataSet:
         label = np.full(codes.shape, -1, np.int16)
         for (r, g, b), k in self.class_of_colour.items():
             label[codes == 65536 * r + 256 * g + b] = k
-        if raw.mode == "P":  # 255 is ignored where its colour means nothing else
-            label[(label < 0) & (np.array(raw) == IGNORE)] = IGNORE
+        if raw.mode == "P":  # 255 is ignored where its colour means nothing else, or is filling
+            flat = raw.getpalette("RGB")
+            filling = flat[-6:-3] == flat[-3:]  # unused entries have the colour of a used one
+            label[((label < 0) | filling) & (np.array(raw) == IGNORE)] = IGNORE
         unknown = Counter(codes[label < 0].tolist())
         if unknown:
             (code, count), *others = unknown.most_common()
@@ -436,7 +438,8 @@ def pictures(folder):
 
     Hidden files are passed over, because macOS leaves ._NAME beside NAME on other disks.
     """
-    entries = sorted(p for p in folder.glob("*") if not p.name.startswith("."))
+    entries = folder.iterdir() if os.path.lexists(folder) else ()
+    entries = sorted(p for p in entries if not p.name.startswith("."))
     found = [p for p in entries if p.suffix.lower() in SUFFIXES and not p.is_dir()]
     if others := sorted(p.name for p in set(entries) - set(found)):
         print(f"NOTE: {folder}: {len(others)} left out, no picture that can be read here: "
@@ -634,15 +637,12 @@ def read_image(path):
 def open_label(path):
     """A label as Pillow opens it, in any mode, with the values of the file.
 
-    Raises InputError for what Pillow would change, and for several labels in one file.
+    Raises InputError for what Pillow would change.
     """
     with _opened(path) as raw:
         if raw.format in LOSSY or raw.info.get("compression") == "jpeg":
             raise InputError(f"{path}: holds {raw.format} data, whose compression changes colours "
                              "and indices; export the label again, as PNG")
-        if getattr(raw, "n_frames", 1) > 1:
-            raise InputError(f"{path}: {raw.n_frames} pages, but a label has one; "
-                             "save what is meant as one PNG")
         _refuse_deep(path, raw)
         packing = _packing(raw)
         raw.load()
@@ -669,9 +669,13 @@ def picture_size(path):
 
 @contextmanager
 def _opened(path):
-    """Image.open. What fails in it or in its block is an InputError."""
+    """Image.open. What fails in it or in its block is an InputError, as are several pages."""
     try:
         with Image.open(path) as image:
+            pages = getattr(image, "n_frames", 1)
+            if pages > 1 and image.format != "MPO":  # a phone's JPEG with a preview behind it
+                raise InputError(f"{path}: {pages} pages, but one is read; save what is meant "
+                                 "as one PNG")
             yield image
     except InputError:
         raise

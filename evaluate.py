@@ -260,7 +260,7 @@ def read_rows(folder, split):
 
 def files_below(folder, name):
     """Paths of all files of that name, also behind symbolic links."""
-    found = glob.glob(f"**/{name}", root_dir=folder, recursive=True)
+    found = glob.glob(f"**/{name}", root_dir=folder, recursive=True, include_hidden=True)
     return [Path(folder, path) for path in sorted(found)]
 
 
@@ -643,7 +643,8 @@ def _score(args):
     if not data.pairs.get(split):
         raise InputError(f"the data has no {split} split; choose another --split")
     if sizes_of_pictures(data) != state.get("picture_sizes"):
-        print("NOTE: the pictures have another size in bytes than in training: some have changed")
+        print("NOTE: pictures were changed, added or removed since training: their sizes in bytes "
+              "are others")
 
     window = None if args.whole else state["window"]
     # labels count by their bytes, wherever they lie
@@ -762,7 +763,8 @@ def default_workers(gpus):
     # Linux tells which cores this process may use, and torch warns about more loaders than these
     usable = getattr(os, "sched_getaffinity", None)
     cores = len(usable(0)) if usable else os.cpu_count()
-    processes = max(gpus, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's
+    processes = max(gpus, int(local) if local.isdecimal() else 1)
     return min(16, cores // processes) if gpus else 0
 
 
@@ -785,7 +787,7 @@ def main():
     export.add_argument("file", metavar="FILE", help="ends in .pt2 (torch.export) or .onnx")
     gains.add_argument("folder", metavar="DIR")
     gains.add_argument("--split", choices=("val", "test"), default="val")
-    gains.add_argument("--against", nargs="+", metavar="NAME", default=(),
+    gains.add_argument("--against", nargs="+", action="extend", metavar="NAME", default=[],
                        help="also the gains minus those of these runs")
     args = parser.parse_args()
     # On Hopper cards torch prefers cuDNN's attention. It plans anew for every shape, 0.4 s each,

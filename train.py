@@ -408,11 +408,11 @@ class Run:
         return scores(matrix.cpu())
 
     def write_scores(self, result):
-        labels = labels_digest(self.data, "train", "val")
-        if labels != self.stage.labels:
-            print(f"NOTE: {self.data.root}: labels have changed since this command began, so "
-                  f"that {self.folder} cannot be compared; begin anew with another --out")
-        about = {"step": self.stage.steps, "scored": labels}
+        labels, sizes = labels_digest(self.data, "train", "val"), sizes_of_pictures(self.data)
+        if labels != self.stage.labels or sizes != self.description["picture_sizes"]:
+            print(f"NOTE: {self.data.root}: labels or pictures have changed since this run began, "
+                  f"which {self.folder} partly saw; begin anew with another --out")
+        about = {"step": self.stage.steps, "scored": labels, "picture_sizes": sizes}
         write_scores(self.folder, "val", result, self.description | about)
 
 
@@ -438,8 +438,8 @@ class Log:
         run = self.run
         if run.step == 0:
             return run.stage.stage == "student"
-        return (run.validation_due(run.step) and "val_miou" not in run.rows[-1]
-                and not run.finished())
+        unscored = any(row["step"] == run.step and "val_miou" not in row for row in run.rows)
+        return unscored and run.validation_due(run.step) and not run.finished()
 
     def add(self, terms, loss):
         """Keep a step's unweighted terms and the loss, on their device."""
@@ -486,7 +486,8 @@ class Log:
         if rank() == 0 and result and step == stage.steps:
             self.run.write_scores(result)
         if result or not (sys.stderr and sys.stderr.isatty()):  # on a terminal the bar suffices
-            tqdm.write(f"{stage.stage} {step}/{stage.steps}: {' '.join(words)}")
+            with suppress(OSError):  # whoever read the output may have gone
+                tqdm.write(f"{stage.stage} {step}/{stage.steps}: {' '.join(words)}")
         self.began = time.monotonic()
 
     def write_file(self):
@@ -642,7 +643,8 @@ def check_early(args, data, runs):
             run.start = start_of(args, run.stage)
     today = {sizes_of_pictures(data)}
     if sizes - today:
-        print(f"NOTE: {data.root}: files of pictures have other sizes than when this run began")
+        print(f"NOTE: {data.root}: pictures were changed, added or removed since this run began: "
+              "their sizes in bytes are others")
     if sizes != today and rank() == 0:
         check_before_training(data)
 
@@ -938,6 +940,10 @@ RECIPES = {
 def parse_options(argv=None):
     """The command line, with the recipe's values filled in. Raises InputError for bad values."""
     args = parser().parse_args(argv)
+    if args.data and not args.dataset:
+        raise InputError(f"--data {args.data}: say what it holds, with --dataset folder for your "
+                         "own data")
+    args.dataset = args.dataset or "shapes"
     found = torch.cuda.device_count()
     args.gpus = min(1, found) if args.gpus is None else args.gpus
     if args.gpus > found and not launched():
@@ -965,7 +971,7 @@ def parser():
     rate = dict(type=at_least(1e-12, float), metavar="X")
     seed = dict(type=at_least(0, below=2**32), default=0, metavar="N")
     g = p.add_argument_group("what")
-    g.add_argument("--dataset", default="shapes", choices=DATASETS, help="default shapes")
+    g.add_argument("--dataset", choices=DATASETS, help="default shapes; folder: your own data")
     g.add_argument("--data", metavar="DIR", help="its folder (default data/NAME)")
     g.add_argument("--method", choices=("teacher", *METHODS),
                    help="default c2vkd, on shapes ce and c2vkd; teacher: stop after stage 2")
@@ -992,7 +998,7 @@ def parser():
     g.add_argument("--steps", **steps, help="*")
     g.add_argument("--lr", **rate, help="default 6e-5 from ImageNet, 0.001 from random weights")
     g.add_argument("--seed", **seed, help="of stage 3 (default 0)")
-    g.add_argument("--weights", nargs="+", default=[], metavar="T=X",
+    g.add_argument("--weights", nargs="+", action="extend", default=[], metavar="T=X",
                    help="of terms, e.g. gb=0.1 lc=0.5")
     g = p.add_argument_group("batches")
     g.add_argument("--batch-size", type=at_least(2), metavar="N",

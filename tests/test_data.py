@@ -450,6 +450,8 @@ READ = {  # what a label is: (how it is saved, classes.txt, what is read)
                             [0, 1, 1, 0]),
     "255 in a padded palette": (palette(padded((0, 0, 0), ROAD, SKY), [[0, 1, 2, 255]]), BLACK,
                                 [0, 1, 2, IGNORE]),
+    "255 in one that is renumbered": (palette(padded(SKY, ROAD, (0, 0, 0)), [[0, 1, 2, 255]]),
+                                      BLACK, [2, 1, 0, IGNORE]),
     "index 0 ignored": (palette(padded((9, 9, 9), (0, 0, 0), ROAD, SKY), [[0, 1, 2, 3]]), BLACK,
                         [IGNORE, 0, 1, 2]),
 }
@@ -482,7 +484,7 @@ REFUSED = {  # what is wrong: (how the label 0 1 2 1 is spoilt, what the message
     "JPEG": (lambda p: Image.open(p).convert("L").save(p, "JPEG"), "holds JPEG data, whose"),
     "inverted": (lambda p: Image.open(p).save(p, "TIFF", tiffinfo={262: 0}), "grey values packed"),
     "stretched": (lambda p: p.write_bytes(b"P5 4 1 2\n\0\1\2\1"), "grey values packed"),
-    "pages": (pages, "2 pages, but a label has one"),
+    "pages": (pages, "2 pages, but one is read"),
     "16 bits": (lambda p: Image.fromarray(np.zeros((1, 4), np.uint16)).save(p), "mode I;16, more"),
     "RGB of 16 bits": (lambda p: png(p, 2, 16, 4, [bytes(24)]), "mode RGB, more than 8 bits"),
     "CMYK": (lambda p: Image.new("CMYK", (4, 1)).save(p, "TIFF"), "mode CMYK, which names no"),
@@ -523,6 +525,23 @@ def test_grey_labels_beside_an_ignored_colour_are_refused(tmp_path):
     (tmp_path / "classes.txt").write_text("ignore 0 0 0\nroad 1 2 3\nsky 4 5 6\ncar 7 8 9\n")
     with pytest.raises(InputError, match="0.png: grey, .* classes.txt ignores colours; remove"):
         open_dataset("folder", tmp_path).read("train", 0)
+
+
+def test_pictures_of_several_pages_are_refused_but_a_phones_jpeg_is_not(tmp_path):
+    pages(tmp_path / "a.tif")
+    for read in (data.read_image, data.picture_size):
+        with pytest.raises(InputError, match="a.tif: 2 pages, but one is read; save what is meant"):
+            read(tmp_path / "a.tif")
+    one = Image.new("RGB", (4, 2), (90, 0, 0))
+    one.save(tmp_path / "b.jpg", "MPO", save_all=True, append_images=[one.resize((2, 1))])
+    assert data.read_image(tmp_path / "b.jpg").size == (4, 2)
+
+
+def test_a_folder_behind_a_broken_link_is_not_an_empty_one(tmp_path):
+    put_folder(tmp_path, [[[0, 1, 2, 1]]] * 2)
+    (tmp_path / "images/unlabelled").symlink_to(tmp_path / "unplugged")
+    with pytest.raises(FileNotFoundError, match="unlabelled"):
+        open_dataset("folder", tmp_path)
 
 
 def test_palettes_of_public_data_are_not_looked_at(tmp_path):

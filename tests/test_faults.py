@@ -383,6 +383,23 @@ def test_a_fault_met_by_a_loader_process_is_one_clean_line(folder, tmp_path, cap
     assert message.endswith("get it again")
 
 
+def test_a_fault_between_two_rows_is_saved_and_the_run_may_go_on_with_rows_at_other_steps(
+        folder, tmp_path):
+    bad = put_folder(tmp_path / "data")
+    argv = options(bad, tmp_path / "runs", "--method", "ce", "--steps", 20, "--log-every", 20,
+                   "--val-every", 20)
+    cut(bad / "images/train/1.jpg")
+    with pytest.raises(data.InputError, match="1.jpg: truncated"):
+        run(argv)
+    path = tmp_path / "runs/folder/ce-mit_nano-seed0"
+    assert 0 < torch.load(path / "last.pt")["step"] < 20
+    shutil.copy(folder / "images/train/1.jpg", bad / "images/train")
+    run([*argv, "--val-every", "1"])
+    run(options(folder, tmp_path / "whole", *argv[argv.index("--method"):]))
+    other = tmp_path / "whole/folder/ce-mit_nano-seed0/last.pt"
+    assert bits(torch.load(path / "last.pt")["module"]) == bits(torch.load(other)["module"])
+
+
 def test_a_full_disk_is_one_line_and_the_run_continues_once_there_is_space(folder, tmp_path,
                                                                            whole):
     argv = options(folder, tmp_path / "runs")

@@ -57,9 +57,9 @@ def test_rates_follow_the_weights_that_a_network_starts_from():
 
 
 def test_weights_of_terms_are_changed_one_by_one():
-    own = ["--dataset", "folder", "--weights", "gb=7", "lc=0.25"]
-    changed = parse_options(own).term_weights
-    assert changed == losses.METHODS["c2vkd"].weights | {"gb": 7.0, "lc": 0.25}
+    for given in ("--weights gb=7 lc=0.25", "--weights gb=7 --weights lc=0.25"):
+        changed = parse_options(["--dataset", "folder", *given.split()]).term_weights
+        assert changed == losses.METHODS["c2vkd"].weights | {"gb": 7.0, "lc": 0.25}
     assert losses.METHODS["c2vkd"].weights["gb"] == 1
 
 
@@ -82,6 +82,7 @@ def test_shapes_has_strong_feature_losses_at_one_depth(method):
     ("--lr inf", "--lr: must be"), ("--val-every 0", "--val-every: must be at least 1"),
     ("--workers -1", "--workers: must be at least 0"), ("--gpus -1", "--gpus: must be at least"),
     ("--gpus 1", "--gpus 1: 0 CUDA devices found; use --gpus 0"),
+    ("--data mine", "--data mine: say what it holds, with --dataset folder for your own data"),
     ("--teacher-weights voc", "--teacher-weights voc: that model knows VOC's classes only"),
     ("--dataset voc --recipe small", "--recipe small: voc has one recipe"),
     ("--name ..", "--name ..: leaves the folder"), ("--name /a", "--name /a: leaves the folder"),

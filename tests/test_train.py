@@ -20,7 +20,7 @@ import train
 from conftest import (TEACHER, differing, error_of, options, parsed, put_folder, result, rows_of,
                       run)
 from data import InputError
-from evaluate import read_scores
+from evaluate import compare, read_scores
 from losses import METHODS, Method
 
 LISTEN = train.Stop.listen
@@ -263,7 +263,7 @@ def test_pictures_count_by_their_names_and_their_sizes_are_noted(mine, tmp_path,
     before, path = result(tmp_path / "runs"), mine / "images/train/0.jpg"
     Image.open(path).copy().save(path, quality=20)
     run(argv)
-    note = f"NOTE: {mine}: files of pictures have other sizes than when this run began\n"
+    note = f"NOTE: {mine}: pictures were changed, added or removed since this run began: "
     assert capsys.readouterr().out.count(note) == 1
     assert differing(tmp_path / "runs", before) == []
     path.rename(path.with_name("another.jpg"))
@@ -482,10 +482,35 @@ def test_labels_that_change_in_mid_run_set_its_scores_apart(mine, tmp_path, monk
 
     monkeypatch.setattr(train, "schedule", editing)
     run(argv)
-    assert f"NOTE: {mine}: labels have changed since" in capsys.readouterr().out
+    assert f"NOTE: {mine}: labels or pictures have changed since" in capsys.readouterr().out
     found = read_scores(tmp_path / "folder/ce-mit_nano-seed0/results-val.json")
     assert found["scored"] != found["stage"]["labels"]
     assert "last.pt: from a different experiment: labels" in error_of(train.main, argv, capsys)
+
+
+def test_pictures_that_change_in_mid_run_are_noted_by_compare(mine, tmp_path, monkeypatch, capsys):
+    argv, schedule = options(mine, tmp_path, "--method", "ce"), train.schedule
+    run(argv)
+
+    def editing(step, *rest, **more):
+        if step == 3:
+            path = mine / "images/val/0.jpg"
+            Image.open(path).copy().save(path, quality=20)
+        return schedule(step, *rest, **more)
+
+    monkeypatch.setattr(train, "schedule", editing)
+    run([*argv, "--seed", "1"])
+    assert f"NOTE: {mine}: labels or pictures have changed since" in capsys.readouterr().out
+    assert "other sizes in ce-mit_nano-seed1 than in ce-mit_nano-seed0" in compare(tmp_path, "val")
+
+
+def test_a_reader_of_the_output_who_leaves_costs_no_step(folder, tmp_path, monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(train.tqdm, "write", broken)
+    run(options(folder, tmp_path, "--method", "ce"))
+    assert last(tmp_path / "folder/ce-mit_nano-seed0")["step"] == 4
 
 
 def test_deleted_scores_of_a_finished_run_are_measured_again(folder, tmp_path):
