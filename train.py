@@ -242,11 +242,11 @@ class Run:
     The device, the number of processes and how often a run reports are no part of its Stage: it may
     go on elsewhere.
 
-    more: what evaluate.py must know besides, kept in last.pt.
+    label: what the tables call it, None for the name of its method.
     """
     SAVE_SECONDS = 900  # after these, save at the next row of the log
 
-    def __init__(self, args, stage, data, folder, **more):
+    def __init__(self, args, stage, data, folder, label=None):
         self.stage, self.data, self.folder = stage, data, folder
         self.identity = asdict(stage)
         self.device, self.cuda = args.device, args.device.type == "cuda"
@@ -258,7 +258,8 @@ class Run:
             "name": stage.network, "dataset": stage.dataset, "classes": stage.classes,
             "palette": [list(colour) for colour in data.palette],
             "data": os.path.abspath(data.root), "base": stage.base, "window": stage.crop,
-            "stage": self.identity, "method": stage.method, "seed": stage.seed, **more}
+            "stage": self.identity, "method": stage.method, "seed": stage.seed, "label": label,
+            "picture_sizes": sizes_of_pictures(data)}
 
     def read(self):
         """last.pt as a dict, None where there is none. Raises InputError for another experiment."""
@@ -546,9 +547,10 @@ def train(args):
         with teacher.at_work():
             T = train_teacher(teacher)
         add_entry(entries, "teacher", T, teacher)
+    tensors = digest_of_tensors(T) if T else None
     for run in runs:  # two teachers of one Stage differ, if they are from two machines
         if run.stage.teacher:
-            run.description["teacher_tensors"] = digest_of_tensors(T)
+            run.description["teacher_tensors"] = tensors
     if args.clip:
         P = load_clip_pool(args.clip, T.channels, pool_grid(T, args.crop, args.device))
         P = P.to(args.device)
@@ -579,7 +581,6 @@ def make_runs(args, data):
     if args.method == "teacher":
         needs = {"teacher", "A_l"}
     root, teacher, pool, pool_identity = Path(args.out) / args.dataset, None, None, None
-    size = sizes_of_pictures(data)
     common = dict(
         warmup=args.warmup, batch_size=args.batch_size, base=args.base, crop=args.crop,
         scale=list(args.scale), dataset=args.dataset, classes=list(data.classes),
@@ -593,8 +594,7 @@ def make_runs(args, data):
             initial=identity_of_weights(args.teacher_weights), steps=args.teacher_steps,
             rate=args.teacher_lr, seed=args.teacher_seed, weights={"ce": 1.0}, **common)
         seed = f"-seed{args.teacher_seed}" if args.teacher_seed else ""
-        teacher = Run(args, stage, data, root / f"teacher-{args.teacher}{seed}",
-                      picture_sizes=size)
+        teacher = Run(args, stage, data, root / f"teacher-{args.teacher}{seed}")
     if "A_l" in needs and args.clip:
         pool_identity = {"clip": digest_of(args.clip)}
     elif "A_l" in needs:
@@ -602,7 +602,7 @@ def make_runs(args, data):
             stage="pool", network="attention_pool", initial="none", steps=args.pool_steps,
             rate=3e-4, seed=args.teacher_seed, weights={"bce": 1.0}, teacher=teacher.identity,
             **common)
-        pool = Run(args, stage, data, teacher.folder / "pool", picture_sizes=size)
+        pool = Run(args, stage, data, teacher.folder / "pool")
         pool_identity = pool.identity
 
     students = []
@@ -620,7 +620,7 @@ def make_runs(args, data):
         name, label = f"{method}-{args.student}-seed{args.seed}", None
         if asked and args.name:
             name, label = args.name, args.name.removesuffix(f"-seed{args.seed}")
-        students.append(Run(args, stage, data, root / name, picture_sizes=size, label=label))
+        students.append(Run(args, stage, data, root / name, label))
     return teacher, pool, students
 
 
@@ -635,13 +635,12 @@ def check_early(args, data, runs):
                          f"images per process on CPUs; take {2 * processes()} or more")
     if args.clip:  # only to see whether it fits
         load_clip_pool(args.clip, TEACHERS[args.teacher].channels, grid=16)
-    sizes = set()  # of the pictures, when the runs that are there began
+    sizes, today = set(), {sizes_of_pictures(data)}  # of pictures, when these runs began, and now
     for run in runs:
         if state := run.read():
             sizes.add(state["picture_sizes"])
         elif run.stage.initial != "none":
             run.start = start_of(args, run.stage)
-    today = {sizes_of_pictures(data)}
     if sizes - today:
         print(f"NOTE: {data.root}: pictures were changed, added or removed since this run began: "
               "their sizes in bytes are others")
