@@ -55,6 +55,7 @@ class DataSet:
     pairs: split -> [(image path, label path)], with None as the label of an image without one.
     class_of_value: 256 entries, value on disk -> class index. 255 = ignore, -1 = must not occur.
     class_of_colour: RGB triple -> class index or 255. Empty where labels hold indices alone.
+    read_as: "colours" or "numbers" -> the first label that was read so.
     """
     name: str
     classes: list
@@ -63,6 +64,7 @@ class DataSet:
     class_of_value: np.ndarray = field(repr=False)
     class_of_colour: dict = field(repr=False)
     root: Path = Path(".")
+    read_as: dict = field(default_factory=dict, repr=False)
 
     def read(self, split, index):
         """Image (PIL, RGB) and label (uint8, H,W) at their size on disk.
@@ -90,14 +92,13 @@ class DataSet:
         raw = open_label(path)
         if self.class_of_colour:
             if raw.mode in ("RGB", "RGBA") or raw.mode == "P" and self._is_renumbered(raw):
+                self.read_as.setdefault("colours", path)
                 return self._classes_of_colours(path, raw)
+            if raw.mode != "P" or not self._is_in_order(raw):
+                self.read_as.setdefault("numbers", path)
         if raw.mode not in ("L", "P", "1"):
             raise InputError(f"{path}: mode {raw.mode}, which names no classes; "
                              "export the label again, as PNG with 8 bits")
-        if raw.mode != "P" and IGNORE in self.class_of_colour.values():
-            raise InputError(f"{path}: grey, which means class numbers, where 255 is ignored, but "
-                             "classes.txt ignores colours; remove these lines, or save the label "
-                             "in colours")
         values = np.array(raw, dtype=np.uint8)
         label = self.class_of_value[values]
         if (label < 0).any():
@@ -115,9 +116,7 @@ class DataSet:
 
         Some programs renumber palettes. In a palette of greys alone, (2, 2, 2) is class 2.
         """
-        flat = raw.getpalette("RGB")
-        colours = list(zip(flat[::3], flat[1::3], flat[2::3]))
-        used = [index for _, index in raw.getcolors() if index < len(colours)]
+        colours, used = _used_colours(raw)
         class_of = self.class_of_colour
         if all(len(set(colours[index])) == 1 for index in used if index != IGNORE):
             class_of = {(k, k, k): k for k in range(len(self.classes))} | class_of
@@ -131,6 +130,11 @@ class DataSet:
         shown = {colours[index] for index in used if index != IGNORE} - {(0, 0, 0)}
         known = shown & self.class_of_colour.keys()
         return bool(known) and known != shown
+
+    def _is_in_order(self, raw):
+        """Whether a palette gives each index the colour of its class, so that both ways agree."""
+        colours, used = _used_colours(raw)
+        return all(self.class_of_colour.get(colours[k]) == k for k in used if k != IGNORE)
 
     def _classes_of_colours(self, path, raw):
         if raw.mode == "RGBA" and raw.getchannel("A").getextrema()[0] < 255:
@@ -159,6 +163,13 @@ class DataSet:
             raise InputError(f"{path}: the colour {colour}, {count / codes.size:.1%} of the "
                              f"pixels, is of no class{more}; {remedy}")
         return label.astype(np.uint8)
+
+
+def _used_colours(raw):
+    """Of a label with a palette: the colour of each index, and the indices that occur."""
+    flat = raw.getpalette("RGB")
+    colours = list(zip(flat[::3], flat[1::3], flat[2::3]))
+    return colours, [index for _, index in raw.getcolors() if index < len(colours)]
 
 
 def open_dataset(name, root=None, missing_ok=False):
@@ -355,6 +366,9 @@ def _folder(root):
     pairs = {split: _pair_up(root / "images" / split, root / "labels" / split)
              for split in ("train", "val", "test")}
     pairs["unlabelled"] = [(path, None) for path in pictures(root / "images" / "unlabelled")]
+    if others := sorted(p.name for p in root.glob("images/[!.]*") if p.name not in pairs):
+        print(f"NOTE: {root / 'images'}: {first_three(others)} not used; the splits are "
+              f"{', '.join(pairs)}")
     class_of_colour = {colour: k for k, colour in enumerate(palette)}
     class_of_colour |= dict.fromkeys(ignored, IGNORE)
     return classes, palette, pairs, value_table(range(len(classes))), class_of_colour
@@ -838,7 +852,13 @@ def _judge(data, pixels):
     pixels: split -> how many have each value, 256 entries. Raises InputError where train has fewer
     than two classes or val has nothing to score.
     """
-    lines = []
+    lines, numbers, colours = [], data.read_as.get("numbers"), data.read_as.get("colours")
+    if numbers and colours:
+        lines.append(f"NOTE: labels are read in two ways: by their colours, as {colours}, and as "
+                     f"class numbers, as {numbers}; are both so meant?")
+    elif numbers and IGNORE in data.class_of_colour.values():
+        raise InputError(f"{numbers}: holds class numbers, where 255 is ignored, but classes.txt "
+                         "ignores colours; remove these lines, or save the labels in colours")
     for split, counts in pixels.items():
         present = [name for k, name in enumerate(data.classes) if counts[k]]
         absent = [name for name in data.classes if name not in present]

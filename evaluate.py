@@ -661,13 +661,19 @@ def _score(args):
     result = scores(matrix.cpu())
     try:  # first the file, because whoever reads the table may close the pipe
         if split == "test" and not why:
-            scored = {"scored": labels_digest(data, split),
-                      "picture_sizes": sizes_of_pictures(data, [split])}
+            sizes = f"{state.get('picture_sizes')} {sizes_of_pictures(data, [split])}"
+            scored = {"scored": labels_digest(data, split), "picture_sizes": sizes}
             write_scores(path.parent, split, result, state | scored)
     finally:
         print(table([(state["name"], count_parameters(model), None, result)], data.classes))
     if why:
         print(f"not kept for compare: {'; '.join(why)}")
+
+
+def note_unfinished(path, state):
+    """Print a NOTE where a checkpoint is one from the middle of a training."""
+    if state["step"] < state["stage"]["steps"]:
+        print(f"NOTE: {path}: trained for {state['step']} of {state['stage']['steps']} steps")
 
 
 def _draw(args):
@@ -677,6 +683,7 @@ def _draw(args):
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, state = load_network(args.checkpoint, device)
+    note_unfinished(args.checkpoint, state)
     window = None if args.whole else state["window"]
     files = []
     for path in map(Path, args.pictures):
@@ -721,6 +728,7 @@ def _export(args):
     if os.path.lexists(path):
         raise InputError(f"{path}: is there already; move it away or choose another name")
     model, state = load_network(args.checkpoint)
+    note_unfinished(args.checkpoint, state)
     deployed = Deployed(model).eval()
     # The sides differ at every scale: torch.export would merge equal ones into one symbol.
     example = torch.zeros(2, 3, 160, 192, dtype=torch.uint8)

@@ -323,9 +323,11 @@ class Run:
                                     "run the same command again to continue")
 
     def finished(self):
-        """Whether the stage is trained and scored."""
-        scored = self.stage.stage == "pool" or (self.folder / "results-val.json").exists()
-        return self.step == self.stage.steps and scored
+        """Whether the stage is trained and scored, and the scores are its own."""
+        path = self.folder / "results-val.json"
+        if self.stage.stage != "pool" and not path.exists() or self.step < self.stage.steps:
+            return False
+        return self.stage.stage == "pool" or read_scores(path)["stage"] == self.identity
 
     @contextmanager
     def at_work(self):

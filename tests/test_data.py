@@ -519,12 +519,37 @@ def test_a_label_that_may_not_be_what_was_meant_is_named(tmp_path, script, what)
         "error: 1 faulty files are listed above; mend or remove them"
 
 
-def test_grey_labels_beside_an_ignored_colour_are_refused(tmp_path):
+VOCS = "background 0 0 0\ncat 64 0 0\ndog 64 0 128\n"  # a part of VOC, whose numbers are 0, 8, 12
+
+
+@pytest.mark.parametrize("classes, save, told", [
+    (VOCS, [[0, 1, 0, 1]], "NOTE: labels are read in two ways: by their colours, as "),
+    (VOCS, [[0, 0, 0, 0]], None), (VOCS, [[0, 255, 8, 12]], None),
+    (BLACK, [[0, 1, 2, 0]], "NOTE: labels are read in two ways: by their colours")])
+def test_labels_read_by_colour_beside_labels_read_as_numbers_are_noted(
+        tmp_path, script, classes, save, told):
+    put_folder(tmp_path, [[[0, 1, 2, 1]]] * 4, classes)
+    lines = [tuple(map(int, line.split()[1:])) for line in classes.splitlines()]
+    for path in tmp_path.glob("labels/*/*.png"):
+        put(path, np.array(lines, np.uint8)[[[0, 1, 1, 3 % len(lines)]]])
+    put(tmp_path / "labels/train/0.png", save, voc_palette(256) if classes == VOCS else None)
+    code, out, _ = script(tmp_path)
+    assert code in (0, None) and (told in out if told else "two ways" not in out)
+
+
+def test_class_numbers_beside_an_ignored_colour_are_refused(tmp_path, script):
     """Is 0 the first line or the first class?"""
-    put_folder(tmp_path, [[[0, 1, 2, 255]]] * 2)
-    (tmp_path / "classes.txt").write_text("ignore 0 0 0\nroad 1 2 3\nsky 4 5 6\ncar 7 8 9\n")
-    with pytest.raises(InputError, match="0.png: grey, .* classes.txt ignores colours; remove"):
-        open_dataset("folder", tmp_path).read("train", 0)
+    classes = "ignore 0 0 0\nroad 1 2 3\nsky 4 5 6\ncar 7 8 9\n"
+    put_folder(tmp_path, [[[0, 1, 2, 255]]] * 2, classes)
+    code, _, last = script(tmp_path)
+    assert code == 2 and "holds class numbers, where 255 is ignored, but classes.txt igno" in last
+
+
+def test_a_folder_that_is_no_split_is_noted(tmp_path, script):
+    put_folder(tmp_path, [[[0, 1, 2, 1]]] * 2)
+    (tmp_path / "images/unlabeled").mkdir()
+    assert f"NOTE: {tmp_path}/images: unlabeled not used; the splits are train, " in script(
+        tmp_path)[1]
 
 
 def test_pictures_of_several_pages_are_refused_but_a_phones_jpeg_is_not(tmp_path):

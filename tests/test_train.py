@@ -522,6 +522,17 @@ def test_deleted_scores_of_a_finished_run_are_measured_again(folder, tmp_path):
     assert differing(tmp_path, before) == []
 
 
+def test_scores_of_another_run_are_not_shown_for_a_checkpoint_that_was_put_back(folder, tmp_path):
+    argv, path = options(folder, tmp_path, "--method", "ce"), tmp_path / "folder/ce-mit_nano-seed0"
+    run(argv)
+    before = result(tmp_path)
+    (path / "last.pt").rename(tmp_path / "kept.pt")
+    run([*argv, "--lr", "0.1"])
+    (tmp_path / "kept.pt").rename(path / "last.pt")
+    run(argv)
+    assert differing(tmp_path, before) == []
+
+
 def test_scores_of_an_earlier_run_in_the_folder_are_not_those_of_this_one(folder, tmp_path,
                                                                           monkeypatch):
     argv = options(folder, tmp_path, "--method", "ce", "--log-every", 4, "--val-every", 4)
