@@ -661,8 +661,12 @@ def _score(args):
     result = scores(matrix.cpu())
     try:  # first the file, because whoever reads the table may close the pipe
         if split == "test" and not why:
+            kept = path.with_name("results-test.json")
             sizes = f"{state.get('picture_sizes')} {sizes_of_pictures(data, [split])}"
             scored = {"scored": labels_digest(data, split), "picture_sizes": sizes}
+            old = kept.read_bytes() if kept.is_file() else b""
+            if old and any(digest.encode() not in old for digest in scored.values()):
+                print(f"NOTE: {kept}: scores of other test data are replaced")
             write_scores(path.parent, split, result, state | scored)
     finally:
         print(table([(state["name"], count_parameters(model), None, result)], data.classes))

@@ -59,7 +59,12 @@ class Outputs(NamedTuple):
 # ---------------------------------------------------------------- Eq. 10
 
 def total_loss(terms, weights):
-    """Eq. 10: L = L_PDD + l_gb L_gb + l_pc L_pc + l_lc L_lc. Every other method is summed alike."""
+    """Eq. 10: L = L_PDD + l_gb L_gb + l_pc L_pc + l_lc L_lc. Every other method is summed alike.
+
+    Raises ValueError where terms and weights have other names: a term would be left out.
+    """
+    if terms.keys() != weights.keys():
+        raise ValueError(f"the terms are {sorted(terms)}, but the weights {sorted(weights)}")
     return sum(weights[name] * term for name, term in terms.items())
 
 

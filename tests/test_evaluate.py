@@ -499,6 +499,15 @@ def test_a_picture_that_was_replaced_costs_a_note(checkpoint, data, run):
     assert found["picture_sizes"] == f"1 {sizes_of_pictures(data, ['test'])}"
 
 
+def test_scores_of_other_test_data_are_replaced_with_a_note(checkpoint, root, run, tmp_path):
+    note = f"NOTE: {checkpoint.with_name('results-test.json')}: scores of other test data are repl"
+    other = shutil.copytree(root, tmp_path / "other")
+    label = np.array(Image.open(other / "labels/test/0.png"))
+    Image.fromarray(label[::-1].copy()).save(other / "labels/test/0.png")
+    for more, noted in (([], 0), ([], 0), (["--data", other], 1), (["--data", other], 0)):
+        assert run("score", checkpoint, "--split", "test", *more).count(note) == noted
+
+
 def test_a_score_is_kept_before_it_is_printed_and_printed_where_it_cannot_be_kept(
         checkpoint, run, error, monkeypatch):
     results, written = checkpoint.with_name("results-test.json"), []

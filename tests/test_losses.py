@@ -480,6 +480,8 @@ def test_total_is_the_weighted_sum_of_equation_10():
     terms = {"pdd": 0.7, "gb": 3.0, "pc": 0.2, "lc": 1.1}
     total = losses.total_loss(terms, losses.METHODS["c2vkd"].weights)
     assert total == pytest.approx(0.7 + 1 * 3.0 + 2 * 0.2 + 0.2 * 1.1)
+    with pytest.raises(ValueError, match=r"the terms are \['ce'\], but the weights \['ce', 'kd'\]"):
+        losses.total_loss({"ce": 1.0}, {"ce": 1.0, "kd": 1.0})
 
 
 @pytest.mark.filterwarnings("ignore:reduction")  # the mean over elements is what the release takes

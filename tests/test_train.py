@@ -381,6 +381,17 @@ def test_a_run_goes_on_under_the_same_tensors_alone(folder, taught, out, capsys)
     assert len(digests) == 2
 
 
+def test_a_given_teacher_of_other_labels_is_noted(mine, taught, tmp_path, capsys):
+    argv = options(mine, tmp_path, "--method", "fitnet", "--steps", 1, "--teacher-weights",
+                   taught / TEACHER / "last.pt")
+    run(argv)
+    assert "NOTE" not in capsys.readouterr().out
+    for kind in ("images/val/1.jpg", "labels/val/1.png"):
+        (mine / kind).rename(mine / kind.replace("/val/", "/train/another"))
+    run([*argv, "--name", "other"])
+    assert "last.pt: learned from other labels; if pictures" in capsys.readouterr().out
+
+
 def plain_teacher(path, seed):
     """A state dict as other software writes it."""
     torch.manual_seed(seed)
