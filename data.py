@@ -111,6 +111,10 @@ class DataSet:
                              f"{first_three(listed)}; {remedy}")
         return label.astype(np.uint8)
 
+    def two_ways(self):
+        return (f"NOTE: labels are read in two ways: by their colours, as {self.read_as['colours']}"
+                f", and as class numbers, as {self.read_as['numbers']}; are both so meant?")
+
     def _is_renumbered(self, raw):
         """Whether a palette gives the colour of a class to another index than the class's.
 
@@ -852,13 +856,11 @@ def _judge(data, pixels):
     pixels: split -> how many have each value, 256 entries. Raises InputError where train has fewer
     than two classes or val has nothing to score.
     """
-    lines, numbers, colours = [], data.read_as.get("numbers"), data.read_as.get("colours")
-    if numbers and colours:
-        lines.append(f"NOTE: labels are read in two ways: by their colours, as {colours}, and as "
-                     f"class numbers, as {numbers}; are both so meant?")
-    elif numbers and IGNORE in data.class_of_colour.values():
-        raise InputError(f"{numbers}: holds class numbers, where 255 is ignored, but classes.txt "
-                         "ignores colours; remove these lines, or save the labels in colours")
+    lines = [data.two_ways()] if len(data.read_as) == 2 else []
+    if data.read_as.keys() == {"numbers"} and IGNORE in data.class_of_colour.values():
+        raise InputError(f"{data.read_as['numbers']}: holds class numbers, where 255 is ignored, "
+                         "but classes.txt ignores colours; remove these lines, or save the labels "
+                         "in colours")
     for split, counts in pixels.items():
         present = [name for k, name in enumerate(data.classes) if counts[k]]
         absent = [name for name in data.classes if name not in present]

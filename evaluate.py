@@ -518,8 +518,8 @@ def load_network(path, device="cpu"):
     elif name in TEACHERS:
         model = Teacher(name, len(state["classes"]))
     else:
-        raise InputError(f"{path}: holds a network called {name!r}, "
-                         "which this version does not know")
+        raise InputError(f"{path}: holds {name!r}, no segmentation network of this version; give "
+                         "the last.pt of a teacher or a student")
     load_strictly(model, weights, path, name,
                   "it was written by another version or altered: train again")
     layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format
@@ -646,6 +646,11 @@ def _score(args):
         print("NOTE: pictures were changed, added or removed since training: their sizes in bytes "
               "are others")
 
+    for one in ("train", split):
+        data.read(one, 0)
+    if len(data.read_as) == 2:
+        print(data.two_ways())
+
     window = None if args.whole else state["window"]
     # labels count by their bytes, wherever they lie
     same_labels = labels_digest(data, "train", "val") == stage.get("labels")
@@ -703,7 +708,8 @@ def _draw(args):
         target = out / f"{path.stem}-{kind}.png"
         try:
             if os.path.lexists(target):
-                raise InputError(f"{target}: is there already; move it away or give another --out")
+                raise InputError(f"{target}: is there already, so {path} is not drawn; move it "
+                                 "away or give another --out")
             image = read_image(path)
             small = np.array(resize_short_side(image, state["base"]))
             small = torch.from_numpy(small).permute(2, 0, 1).to(device)

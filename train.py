@@ -737,8 +737,9 @@ def given_teacher(args, data, root):
     identity = {"network": args.teacher, "weights": identity_of_weights(source)}
     if "module" in state:
         refuse_unfit(args, source, state, classes)
-        if state["stage"]["labels"] != labels_digest(data, "train", "val"):
-            print(f"NOTE: {source}: learned from other labels; if pictures of val are among them, "
+        seen = state["stage"]["labels"], state.get("picture_sizes")
+        if seen != (labels_digest(data, "train", "val"), sizes_of_pictures(data)):
+            print(f"NOTE: {source}: learned from other labels or pictures; if it saw some of val, "
                   "scores are too good")
         load_strictly(teacher, state["module"], source, args.teacher, "train it again")
         identity = state["stage"]  # so that its students stand beside those of its own run

@@ -499,6 +499,15 @@ def test_a_picture_that_was_replaced_costs_a_note(checkpoint, data, run):
     assert found["picture_sizes"] == f"1 {sizes_of_pictures(data, ['test'])}"
 
 
+def test_labels_of_test_that_are_read_in_another_way_are_noted(checkpoint, root, run, tmp_path):
+    other = shutil.copytree(root, tmp_path / "other")
+    for path in other.glob("labels/test/*.png"):
+        paint(torch.from_numpy(np.array(Image.open(path)).clip(0, 2)), PALETTE).save(path)
+    text = run("score", checkpoint, "--split", "test", "--data", other)
+    assert "NOTE: labels are read in two ways: by their colours, as " in text
+    assert "two ways" not in run("score", checkpoint, "--split", "test")
+
+
 def test_scores_of_other_test_data_are_replaced_with_a_note(checkpoint, root, run, tmp_path):
     note = f"NOTE: {checkpoint.with_name('results-test.json')}: scores of other test data are repl"
     other = shutil.copytree(root, tmp_path / "other")

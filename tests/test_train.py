@@ -389,7 +389,7 @@ def test_a_given_teacher_of_other_labels_is_noted(mine, taught, tmp_path, capsys
     for kind in ("images/val/1.jpg", "labels/val/1.png"):
         (mine / kind).rename(mine / kind.replace("/val/", "/train/another"))
     run([*argv, "--name", "other"])
-    assert "last.pt: learned from other labels; if pictures" in capsys.readouterr().out
+    assert "last.pt: learned from other labels or pictures; if it saw" in capsys.readouterr().out
 
 
 def plain_teacher(path, seed):
