@@ -378,7 +378,8 @@ class Run:
                 yield (done + 1, images.contiguous(memory_format=torch.channels_last),
                        labels.to(self.device, non_blocking=True).long())
                 done += 1
-        except (RuntimeError, InputError) as e:  # of the loader: a file is at fault, or it died
+        except (RuntimeError, OSError, EOFError, InputError) as e:
+            # of the loader: a file is at fault, or it died, which breaks the pipe from it, too
             finite = all(p.isfinite().all() for p in self.module.parameters())
             mendable = Stop.asked or isinstance(e, InputError)
             if mendable and done > self.step and finite and processes() == 1:
@@ -737,12 +738,12 @@ def given_teacher(args, data, root):
     identity = {"network": args.teacher, "weights": identity_of_weights(source)}
     if "module" in state:
         refuse_unfit(args, source, state, classes)
-        seen = state["stage"]["labels"], state.get("picture_sizes")
+        load_strictly(teacher, state["module"], source, args.teacher, "train it again")
+        identity = state["stage"]  # so that its students stand beside those of its own run
+        seen = identity.get("labels"), state.get("picture_sizes")
         if seen != (labels_digest(data, "train", "val"), sizes_of_pictures(data)):
             print(f"NOTE: {source}: learned from other labels or pictures; if it saw some of val, "
                   "scores are too good")
-        load_strictly(teacher, state["module"], source, args.teacher, "train it again")
-        identity = state["stage"]  # so that its students stand beside those of its own run
     else:
         initialise(teacher, args.teacher, source)
     teacher = teacher.to(args.device, memory_format=torch.channels_last).freeze()
