@@ -869,6 +869,14 @@ def test_transparent_pictures_are_noted_and_opaque_ones_are_not(tmp_path, script
     assert code == 0 and note.endswith(f": 1, for instance {tmp_path}/images/val/1.png")
 
 
+def test_labels_in_place_of_pictures_are_noted(tmp_path, script):
+    put_folder(tmp_path, [[[0, 1, 2]]] * 2)
+    for name in ("train/0.png", "val/1.png"):
+        shutil.copy(tmp_path / "labels" / name, tmp_path / "images" / name)
+    assert (f"NOTE: pictures that are their own labels, byte by byte: 2, for instance {tmp_path}/"
+            "images/train/0.png") in script(tmp_path)[1]
+
+
 @pytest.mark.parametrize("copy, of, noted", (
     ("val/0", "train/1", True), ("test/0", "val/1", True), ("unlabelled/0", "val/1", True),
     ("unlabelled/0", "test/1", True), ("unlabelled/0", "train/1", False)))
