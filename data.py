@@ -150,8 +150,8 @@ class DataSet:
         for (r, g, b), k in self.class_of_colour.items():
             label[codes == 65536 * r + 256 * g + b] = k
         if raw.mode == "P":  # 255 is ignored where its colour means nothing else, or is filling
-            flat = raw.getpalette("RGB")
-            filling = flat[-6:-3] == flat[-3:]  # unused entries have the colour of a used one
+            colours, _ = _used_colours(raw)
+            filling = colours[-2:-1] == colours[-1:]  # unused entries have a used one's colour
             label[((label < 0) | filling) & (np.array(raw) == IGNORE)] = IGNORE
         unknown = Counter(codes[label < 0].tolist())
         if unknown:
