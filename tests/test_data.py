@@ -74,19 +74,15 @@ def script(monkeypatch, capsys):
 
 # ---------------------------------------------------------------- layouts and label maps
 
-def put_ade20k(root, label):
-    folder = root / "ADEChallengeData2016"
+def test_ade20k_turns_0_into_ignore_and_k_into_k_minus_1(tmp_path):
+    folder = tmp_path / "ADEChallengeData2016"
     for split, stem in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
         # some pictures are grey: mode L
-        put(folder / "images" / split / f"{stem}.jpg", np.full(np.shape(label), 90))
-        put(folder / "annotations" / split / f"{stem}.png", label)
+        put(folder / "images" / split / f"{stem}.jpg", np.full((1, 151), 90))
+        put(folder / "annotations" / split / f"{stem}.png", [range(151)])
     rows = [f"{k} \t0.1\t9\t9\tthing {k} , second name, third\n" for k in range(1, 151)]
     (folder / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + "".join(rows))
-    return root
-
-
-def test_ade20k_turns_0_into_ignore_and_k_into_k_minus_1(tmp_path):
-    ade = open_dataset("ade20k", put_ade20k(tmp_path, [range(151)]))
+    ade = open_dataset("ade20k", tmp_path)
     image, label = ade.read("val", 0)
     assert label[0].tolist() == [IGNORE, *range(150)]
     assert image.mode == "RGB"
@@ -94,11 +90,10 @@ def test_ade20k_turns_0_into_ignore_and_k_into_k_minus_1(tmp_path):
     assert names == ["ADE_train_00000001.jpg", "ADE_train_00000001.png"]
     assert ade.classes == [f"thing {k}" for k in range(1, 151)]
     assert len(set(ade.palette)) == 150
-    with pytest.raises(InputError, match=r"151 \(2 pixels\), 255 \(1 pixels\); get it again"):
-        open_dataset("ade20k", put_ade20k(tmp_path, [[1, 151, 151, 255]])).read("val", 0)
+    assert ade.class_of_value[151] == ade.class_of_value[255] == -1
 
 
-def test_cityscapes_maps_the_34_label_ids_and_names_what_is_missing(tmp_path, capsys):
+def test_cityscapes_maps_the_34_label_ids_and_notes_labels_without_a_picture(tmp_path, capsys):
     for split, city in (("train", "aachen"), ("train", "ulm"), ("val", "munster")):
         stem = f"{city}_000001_000019"
         put(tmp_path / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", grey([range(34)]))
@@ -114,16 +109,10 @@ def test_cityscapes_maps_the_34_label_ids_and_names_what_is_missing(tmp_path, ca
     assert [city.classes[k] for k in (0, 6, 18)] == ["road", "traffic light", "bicycle"]
     assert (city.palette[0], city.palette[13]) == ((128, 64, 128), (0, 0, 142))
     assert city.class_of_value[34] == city.class_of_value[255] == -1
-    assert "NOTE" not in capsys.readouterr().out
-    folder = tmp_path / "leftImg8bit" / "train"
-    (folder / "ulm" / "ulm_000001_000019_leftImg8bit.png").unlink()
+    (tmp_path / "leftImg8bit/train/ulm/ulm_000001_000019_leftImg8bit.png").unlink()
     open_dataset("cityscapes", tmp_path)
     assert ("gtFine/train: 1 labels without a picture, not used: ulm_000001_000019_gtFine_labelIds"
             in capsys.readouterr().out)
-    for i in (1, 2):
-        put(folder / "aachen" / f"{i}_leftImg8bit.png", grey([[0]]))
-    with pytest.raises(InputError, match=r"1_gtFine_labelIds.png: no such.*\(1 more are missing\)"):
-        open_dataset("cityscapes", tmp_path)
 
 
 def put_voc(root, augmented):
@@ -162,20 +151,15 @@ def test_voc_reads_palette_indices_and_takes_trainaug_where_it_is(tmp_path, augm
 
 
 def test_folder_reads_classes_and_labels(tmp_path):
-    names = "sky building pole road pavement tree sign_symbol fence car person bicyclist".split()
-    camvid = "".join(f"{name.replace('_', ' ')} {k} 1 2\n" for k, name in enumerate(names))
-    put_folder(tmp_path, [[[*range(11), 255]]], f"\ufeff{camvid}\n\n")  # as Windows' editor saves
+    put_folder(tmp_path, [[[0, 1, 2, 255]]], f"\ufeff{CLASSES}\n\n")  # as Windows' editor saves
     put(tmp_path / "images" / "unlabelled" / "a.png", np.full((6, 9, 3), 70))
     folder = open_dataset("folder", tmp_path)
-    assert folder.read("train", 0)[1][0].tolist() == [*range(11), 255]
-    assert (folder.classes[6], folder.palette[6]) == ("sign symbol", (6, 1, 2))
+    assert folder.read("train", 0)[1][0].tolist() == [0, 1, 2, 255]
+    assert (folder.classes[1], folder.palette[1]) == ("traffic light", LIGHT)
     assert folder.pairs["test"] == []
     image, label = folder.read("unlabelled", 0)
     assert np.array_equal(image, np.full((6, 9, 3), 70))
     assert label.dtype == np.uint8 and np.array_equal(label, np.full((6, 9), IGNORE))
-    put(tmp_path / "labels" / "train" / "0.png", [[0] * 9 + [11] * 3])  # CamVid's own "unlabelled"
-    with pytest.raises(InputError, match=r"outside the 11 classes: 11 \(3 pixels\)"):
-        folder.read("train", 0)
 
 
 # ---------------------------------------------------------------- the training stream
@@ -308,22 +292,17 @@ def test_of_two_that_draw_at_once_one_result_stays_whole(tmp_path, monkeypatch):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """published(kind): a small VOC as .zip or .tar on a server of our own -> its path there."""
-    (tmp_path / "site").mkdir()
-    site = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "site")
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    """A small VOC as an archive on a server of our own: its path there."""
+    path = Path(shutil.make_archive(tmp_path / "site" / "voc", "zip",
+                                    put_voc(tmp_path / "source", False)))
+    site = functools.partial(http.server.SimpleHTTPRequestHandler, directory=path.parent)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), site) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-
-        def make(kind="zip"):
-            source = put_voc(tmp_path / "source", False)
-            path = Path(shutil.make_archive(tmp_path / "site" / "voc", kind, source))
-            url = f"http://127.0.0.1:{server.server_port}/{path.name}"
-            digest = hashlib.md5(path.read_bytes()).hexdigest()
-            monkeypatch.setitem(data.ARCHIVES, "voc", (url, digest, "VOCdevkit"))
-            return path
-        yield make
+        url = f"http://127.0.0.1:{server.server_port}/voc.zip"
+        digest = hashlib.md5(path.read_bytes()).hexdigest()
+        monkeypatch.setitem(data.ARCHIVES, "voc", (url, digest, "VOCdevkit"))
+        yield path
         server.shutdown()
 
 
@@ -331,50 +310,42 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("kind", ("zip", "tar"))
-def test_a_download_is_unpacked_once_and_nothing_else_is_left(tmp_path, published, kind):
-    path = published(kind)
-    assert len(open_dataset("voc", tmp_path / "data").pairs["train"]) == 1
-    path.unlink()  # a second download would fail
-    assert len(open_dataset("voc", tmp_path / "data").pairs["train"]) == 1
-    assert names(tmp_path / "data") == ["VOCdevkit"]
-
-
-def test_a_download_that_fails_names_its_url_and_leaves_nothing(tmp_path, published):
-    path = published()
-    whole = path.read_bytes()
+def test_a_download_leaves_nothing_where_it_fails_and_is_unpacked_once(tmp_path, published):
+    whole, root = published.read_bytes(), tmp_path / "data"
     for content in (whole[:len(whole) // 2], None):
-        path.write_bytes(content) if content else path.unlink()
+        published.write_bytes(content) if content else published.unlink()
         with pytest.raises(InputError, match=r"^http://127.*/voc.zip: cannot download and unpack"):
-            open_dataset("voc", tmp_path / "data")
-        assert names(tmp_path / "data") == []
-    (tmp_path / "data" / ".DS_Store").touch()
-    (tmp_path / "data" / "VOCdevkit.part-x").mkdir()  # as a kill leaves it
-    path.write_bytes(whole)
-    assert len(open_dataset("voc", tmp_path / "data").pairs["train"]) == 1
+            open_dataset("voc", root)
+        assert names(root) == []
+    (root / ".DS_Store").touch()
+    (root / "VOCdevkit.part-x").mkdir()  # as a kill leaves it
+    published.write_bytes(whole)
+    assert len(open_dataset("voc", root).pairs["train"]) == 1
+    published.unlink()  # a second download would fail
+    assert len(open_dataset("voc", root).pairs["train"]) == 1
+    assert names(root) == [".DS_Store", "VOCdevkit", "VOCdevkit.part-x"]
 
 
 def test_an_archive_of_the_user_is_unpacked_or_refused_and_stays(tmp_path, published):
     own = tmp_path / "data" / "voc.zip"
     own.parent.mkdir()
-    path = published()
     own.write_bytes(b"the user's own")
     with pytest.raises(InputError, match="voc.zip: not the file of http.*, whose MD5 is"):
         open_dataset("voc", own.parent)
     assert own.read_bytes() == b"the user's own" and names(own.parent) == ["voc.zip"]
-    shutil.move(path, own)  # no download is possible any more
+    shutil.move(published, own)  # no download is possible any more
     assert open_dataset("voc", own.parent)
     assert names(own.parent) == ["VOCdevkit", "voc.zip"]
 
 
 def test_nothing_is_downloaded_into_a_folder_that_holds_something_else(tmp_path, published):
-    published().unlink()
+    published.unlink()
     root = put_voc(tmp_path / "data", False)
-    for place in (root / "VOCdevkit", root / "VOCdevkit" / "VOC2012"):
-        with pytest.raises(InputError) as e:
-            open_dataset("voc", place)
-        assert str(e.value).startswith(f"{place}: no VOCdevkit in it, but ")
-        assert str(e.value).endswith(f"; give --data {root}")
+    place = root / "VOCdevkit" / "VOC2012"
+    with pytest.raises(InputError) as e:
+        open_dataset("voc", place)
+    assert str(e.value).startswith(f"{place}: no VOCdevkit in it, but ")
+    assert str(e.value).endswith(f"; give --data {root}")
     with pytest.raises(InputError, match="in it, but VOCdevkit; give --data an empty folder"):
         open_dataset("ade20k", root)
 
