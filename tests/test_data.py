@@ -795,8 +795,7 @@ def test_a_picture_in_two_splits_is_told(tmp_path, capsys, copy, of, noted):
 
 # ---------------------------------------------------------------- the console
 
-@pytest.mark.parametrize("missing", (["stdout"], ["stderr"], ["stdout", "stderr"]))
-def test_a_missing_stream_ends_no_work(monkeypatch, missing):
+def test_missing_streams_end_no_work(monkeypatch):
     done = []
 
     def work():
@@ -804,8 +803,8 @@ def test_a_missing_stream_ends_no_work(monkeypatch, missing):
         print("y", file=sys.stderr)
         done.append(True)
 
-    for name in missing:
-        monkeypatch.setattr(sys, name, None)  # as Python does where it is started without one
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # as Python does where it is started without them
     data.command(work)
     assert done
 
@@ -828,27 +827,16 @@ def test_what_a_console_cannot_show_is_replaced(monkeypatch):
     assert stream.buffer.getvalue() == b"stra\\xdfe\n"
 
 
-@pytest.mark.parametrize("terminal, disable, shown", (
-    (False, False, False), (True, False, True), (True, None, True), (True, True, False)))
-def test_bars_are_for_terminals(monkeypatch, terminal, disable, shown):
+@pytest.mark.parametrize("terminal", (False, True))
+def test_bars_are_for_terminals(monkeypatch, terminal):
     stderr = io.StringIO()
     stderr.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stderr)
-    assert list(data.progress(range(3), desc="checking", disable=disable)) == [0, 1, 2]
-    assert ("checking" in stderr.getvalue()) == shown
+    assert list(data.progress(range(3), desc="checking")) == [0, 1, 2]
+    assert ("checking" in stderr.getvalue()) == terminal
 
 
 # ---------------------------------------------------------------- errors and limits
-
-def end(error, capsys):
-    """The exit code and the lines of a script in which `error` is raised."""
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        data.command(main)
-    return stop.value.code, capsys.readouterr().err.splitlines()
-
 
 SHM = "error: too little shared memory (/dev/shm) for the loader processes: take --workers 0, or"
 
@@ -863,25 +851,26 @@ SHM = "error: too little shared memory (/dev/shm) for the loader processes: take
      2, "error: OSError: [Errno 5] a.png"),
     (ConnectionResetError(errno.ECONNRESET, "reset by peer"), 2, "error: a loader process died"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"), 2, SHM),
-    (RuntimeError("unable to mmap 64 bytes from file </torch_1_2>: Cannot"), 2, SHM),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2,
-     "error: a loader process died (out of memory?): run the same command again with fewer"),
     (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue"),
     (KeyboardInterrupt("student: stopped and saved at step 3"), 130,
      "student: stopped and saved at step 3")))
 def test_what_a_user_can_mend_is_one_line_and_an_exit_code(capsys, error, code, line):
-    found, lines = end(error, capsys)
-    assert found == code and len(lines) == 1 and lines[0].startswith(line)
-
-
-@pytest.mark.parametrize("error", (
-    KeyError("x"), RuntimeError("shapes do not match"),
-    RuntimeError("triton: out of resource: shared memory")))
-def test_other_errors_keep_their_traceback(error):
     def main():
         raise error
 
-    with pytest.raises(type(error)) as found:
+    with pytest.raises(SystemExit) as stop:
+        data.command(main)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == code and len(lines) == 1 and lines[0].startswith(line)
+
+
+def test_other_errors_keep_their_traceback():
+    error = RuntimeError("triton: out of resource: shared memory")  # that of a GPU
+
+    def main():
+        raise error
+
+    with pytest.raises(RuntimeError) as found:
         data.command(main)
     assert found.value is error
 
@@ -914,22 +903,6 @@ def test_loaders_leave_signals_to_the_main_process_and_are_killed_at_its_end():
     child.join(30)
     signal.signal(signal.SIGCHLD, handler)
     assert ready.is_set() and child.exitcode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("argv, message", (
-    ("--steps 0", "argument --steps: must be at least 1"),
-    ("--steps x", "argument --steps: invalid number value: 'x'"),
-    ("--lr nan", "argument --lr: must be at least 0.5"),
-    ("--lr inf", "argument --lr: must be at least 0.5 and finite"),
-    ("--nonsense", "unrecognized arguments: --nonsense")))
-def test_options_out_of_range_are_input_errors(argv, message):
-    parser = data.Parser()
-    parser.add_argument("--steps", type=data.at_least(1))
-    parser.add_argument("--lr", type=data.at_least(0.5, float))
-    assert parser.parse_args(["--steps", "1", "--lr", "0.5"]).lr == 0.5
-    with pytest.raises(InputError) as e:
-        parser.parse_args(argv.split())
-    assert str(e.value).startswith(message)
 
 
 # ---------------------------------------------------------------- files and weights
@@ -966,8 +939,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content, words", (
-    (None, "no such file; give the path of a last.pt"), (b"", "not a readable checkpoint"),
-    (b"hello\n", "not a readable checkpoint"),
+    (None, "no such file; give the path of a last.pt"),
     ({"a": 1}, "not a checkpoint of this project: no step, network in it"),
     ([1], "not a checkpoint of this project: no dictionary in it; give a last.pt"),
     (b"version https://git-lfs.github.com/spec/v1", "42 bytes, the first b'version https://git-"),
@@ -981,12 +953,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, words):
     with pytest.raises(InputError) as e:
         data.load_checkpoint(path, ("step", "network"))
     assert str(e.value).startswith(f"{path}: ") and words in str(e.value)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match=f"a folder; give the file in it, {tmp_path}/last.pt for"):
         data.load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("prefix, key", (("", None), ("module.", None), ("_orig_mod.module.", None),
-                                         ("", "model"), ("model.", "state_dict")))
+@pytest.mark.parametrize("prefix, key", (
+    ("", None), ("_orig_mod.module.", None), ("model.", "state_dict")))
 def test_what_surrounds_a_state_dict_is_left_out_and_said(tmp_path, capsys, prefix, key):
     inner = {f"{prefix}{k}": v for k, v in torch.nn.Linear(2, 1).state_dict().items()}
     # torchvision's own script saves its options, too
