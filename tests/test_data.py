@@ -1,5 +1,5 @@
 """Every layout on tiny files, labels of every kind, the training stream, `shapes`, downloads, the
-check, and what every script shares: errors, options, files and weights."""
+check, and what every script shares: errors, files and weights."""
 import argparse
 import dataclasses
 import errno
@@ -18,6 +18,7 @@ import time
 import unicodedata
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -109,7 +110,8 @@ def put_voc(root, augmented):
     for split, stem in stems.items():
         put(folder / "JPEGImages" / f"{stem}.jpg", grey(indices))
         if split != "trainaug":
-            put(folder / "SegmentationClass" / f"{stem}.png", indices, voc_palette(256))
+            palette = voc_palette(256)[::-1]  # the numbers count
+            put(folder / "SegmentationClass" / f"{stem}.png", indices, palette)
         if augmented:  # plain grey indices, as they are in circulation
             put(folder / "SegmentationClassAug" / f"{stem}.png", indices)
         (lists / f"{split}.txt").write_text(f"{stem}\n")
@@ -133,18 +135,6 @@ def test_voc_reads_palette_indices_and_takes_trainaug_where_it_is(tmp_path, augm
     assert (len(voc.classes), voc.classes[0], voc.classes[20]) == (21, "background", "tvmonitor")
     known = {0: (0, 0, 0), 1: (128, 0, 0), 6: (0, 128, 128), 8: (64, 0, 0), 20: (0, 64, 128)}
     assert {k: voc.palette[k] for k in known} == known
-
-
-def test_folder_reads_classes_and_labels(tmp_path):
-    put_folder(tmp_path, [[[0, 1, 2, 255]]], f"\ufeff{CLASSES}\n\n")  # as Windows' editor saves
-    put(tmp_path / "images" / "unlabelled" / "a.png", np.full((6, 9, 3), 70))
-    folder = open_dataset("folder", tmp_path)
-    assert folder.read("train", 0)[1][0].tolist() == [0, 1, 2, 255]
-    assert (folder.classes[1], folder.palette[1]) == ("traffic light", LIGHT)
-    assert folder.pairs["test"] == []
-    image, label = folder.read("unlabelled", 0)
-    assert np.array_equal(image, np.full((6, 9, 3), 70))
-    assert label.dtype == np.uint8 and np.array_equal(label, np.full((6, 9), IGNORE))
 
 
 # ---------------------------------------------------------------- the training stream
@@ -397,8 +387,6 @@ READ = {  # what a label is: (how it is saved, classes.txt, what is read)
     "palette at other indices": (palette(padded(SKY, *[OTHER] * 6, ROAD), [[0, 7, 255, 0]]),
                                  CLASSES, [2, 0, IGNORE, 2]),
     "VOC's palette": (palette(voc_palette(256), [[0, 1, 2, 255]]), CLASSES, [0, 1, 2, IGNORE]),
-    "palette of greys": (palette([(k, k, k) for k in range(256)], [[0, 1, 2, 255]]), CLASSES,
-                         [0, 1, 2, IGNORE]),
     "one colour of greys": (palette([(k, k, k) for k in range(256)], [[0, 1, 2, 255]]), BLACK,
                             [0, 1, 2, IGNORE]),
     "black and white": (palette([(0, 0, 0), (255, 255, 255), (9, 9, 9)]), CLASSES, [0, 1, 2, 1]),
@@ -430,12 +418,6 @@ def pages(path):
     one.save(path, "TIFF", save_all=True, append_images=[one])
 
 
-def transparent(path):
-    image = Image.fromarray(COLOURS[[[0, 1, 2, 1]]]).convert("RGBA")
-    image.putalpha(9)
-    image.save(path)
-
-
 REFUSED = {  # what is wrong: (how the label 0 1 2 1 is spoilt, what the message holds)
     "JPEG": (lambda p: Image.open(p).convert("L").save(p, "JPEG"), "holds JPEG data, whose"),
     "inverted": (lambda p: Image.open(p).save(p, "TIFF", tiffinfo={262: 0}), "grey values packed"),
@@ -443,7 +425,8 @@ REFUSED = {  # what is wrong: (how the label 0 1 2 1 is spoilt, what the message
     "pages": (pages, "2 pages, but one is read"),
     "16 bits": (lambda p: Image.fromarray(np.zeros((1, 4), np.uint16)).save(p), "mode I;16, more"),
     "CMYK": (lambda p: Image.new("CMYK", (4, 1)).save(p, "TIFF"), "mode CMYK, which names no"),
-    "transparent": (transparent, "has transparent pixels, which are of no class"),
+    "transparent": (lambda p: Image.new("RGBA", (4, 1), (*ROAD, 9)).save(p),
+                    "has transparent pixels, which are of no class"),
     "other values": (lambda p: put(p, [[0, 7, 7, 255]]), "outside the 3 classes: 7 (2 pixels)"),
     "other colour": (lambda p: put(p, COLOURS[[[0, 3, 3, 1]]]),
                      "colour (1, 2, 3), 50.0% of the pixels, is of no class; give it a line in"),
@@ -477,8 +460,7 @@ VOCS = "background 0 0 0\ncat 64 0 0\ndog 64 0 128\n"  # a part of VOC, whose nu
 
 
 @pytest.mark.parametrize("classes, save, told", [
-    (VOCS, [[0, 1, 0, 1]], True), (VOCS, [[0, 255, 8, 12]], False),
-    (BLACK, [[0, 1, 2, 0]], True)])
+    (VOCS, [[0, 1, 0, 1]], True), (VOCS, [[0, 0, 255, 0]], False), (BLACK, [[0, 1, 2, 0]], True)])
 def test_labels_read_by_colour_beside_labels_read_as_numbers_are_noted(
         tmp_path, capsys, classes, save, told):
     put_folder(tmp_path, [[[0, 1, 2, 1]]] * 4, classes)
@@ -498,28 +480,10 @@ def test_class_numbers_beside_an_ignored_colour_are_refused(tmp_path, capsys):
     assert "holds class numbers, where 255 is ignored, but classes.txt ignores colours" in message
 
 
-def test_pictures_of_several_pages_are_refused_but_a_phones_jpeg_is_not(tmp_path):
-    pages(tmp_path / "a.tif")
-    for read in (data.read_image, data.picture_size):
-        with pytest.raises(InputError, match="a.tif: 2 pages, but one is read; save what is meant"):
-            read(tmp_path / "a.tif")
+def test_a_phones_jpeg_with_a_preview_behind_it_is_one_picture(tmp_path):
     one = Image.new("RGB", (4, 2), (90, 0, 0))
     one.save(tmp_path / "b.jpg", "MPO", save_all=True, append_images=[one.resize((2, 1))])
     assert data.read_image(tmp_path / "b.jpg").size == (4, 2)
-
-
-def test_a_folder_behind_a_broken_link_is_not_an_empty_one(tmp_path):
-    put_folder(tmp_path, [[[0, 1, 2, 1]]] * 2)
-    (tmp_path / "images/unlabelled").symlink_to(tmp_path / "unplugged")
-    with pytest.raises(FileNotFoundError, match="unlabelled"):
-        open_dataset("folder", tmp_path)
-
-
-def test_palettes_of_public_data_are_not_looked_at(tmp_path):
-    put_voc(tmp_path, False)
-    label = tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000001.png"
-    put(label, [[*range(21), 255]], voc_palette(256)[::-1])
-    assert open_dataset("voc", tmp_path).read("train", 0)[1].tolist() == [[*range(21), 255]]
 
 
 def test_cvats_labelmap_stands_for_a_missing_classes_txt(tmp_path):
@@ -531,7 +495,7 @@ def test_cvats_labelmap_stands_for_a_missing_classes_txt(tmp_path):
     folder = open_dataset("folder", root)
     assert folder.classes == ["road", "traffic light", "sky"] and folder.palette[2] == SKY
     assert folder.read("val", 0)[1].tolist() == [[0, 1, 2, IGNORE]]
-    (root / "classes.txt").write_text("a 1 1 1\nb 2 2 2\n")
+    (root / "classes.txt").write_text("\ufeffa 1 1 1\n\nb 2 2 2\n")  # as Windows' editor saves
     assert open_dataset("folder", root).classes == ["a", "b"]
 
 
@@ -549,13 +513,9 @@ def test_images_are_turned_as_programs_show_them_even_where_exif_data_are_damage
 
 
 def planar(path):
-    """A TIFF of 16 bits with a plane per channel, 2x1, of which Pillow would read the bytes."""
-    tags = ((256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 3, 146), (259, 3, 1, 1), (262, 3, 1, 2),
-            (273, 4, 3, 152), (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 3, 164), (284, 3, 1, 2))
-    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
-    body = b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(16)
-    rest = struct.pack("<3H3I3I", 16, 16, 16, 176, 180, 184, 4, 4, 4)
-    path.write_bytes(head + body + rest + bytes(12))
+    """A TIFF of 16 bits with a plane per channel, of which Pillow would read the bytes."""
+    Image.new("RGB", (2, 1)).save(path, "TIFF", tiffinfo={284: 2})
+    path.write_bytes(path.read_bytes().replace(b"\x08\0\x08\0\x08\0", b"\x10\0\x10\0\x10\0"))
 
 
 DEEP = {
@@ -614,6 +574,10 @@ def test_missing_folders_splits_and_two_images_of_one_label_are_named(tmp_path):
     with pytest.raises(InputError, match="0.bmp and 0.png have the same name before"):
         open_dataset("folder", root)
     root = put_folder(tmp_path / "b", [[[0]]])
+    (root / "images" / "unlabelled").symlink_to(tmp_path / "unplugged")  # not an empty folder
+    with pytest.raises(FileNotFoundError, match="unlabelled"):
+        open_dataset("folder", root)
+    (root / "images" / "unlabelled").unlink()
     shutil.rmtree(root / "images" / "val")
     with pytest.raises(InputError, match="no image of the val split found; README"):
         open_dataset("folder", root)
@@ -732,31 +696,25 @@ def test_a_fault_is_found_before_training_unless_it_is_in_test(tmp_path, capsys,
     assert Path(file).name in capsys.readouterr().out
 
 
-def turned(path, late=False):
-    """A picture of 3x1 whose EXIF data, before or behind its pixels, make it 1x3."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (3, 1)).save(path, exif=exif)
-    if late:
-        content = path.read_bytes()
-        start = content.index(b"eXIf") - 4
-        end = content.index(b"IDAT") - 4
-        last = content.index(b"IEND") - 4
-        path.write_bytes(content[:start] + content[end:last] + content[start:end] + content[last:])
-
-
 @pytest.mark.parametrize("ending, late", (("jpg", False), ("png", True), ("tif", False)))
 def test_sizes_are_compared_after_turning_and_turned_pictures_are_noted(tmp_path, capsys, ending,
                                                                         late):
     put_folder(tmp_path, [[[0], [1], [2]]])
     (tmp_path / "images" / "train" / "0.png").unlink()
     path = tmp_path / "images" / "train" / f"0.{ending}"
-    turned(path, late)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (3, 1)).save(path, exif=exif)
+    if late:  # a PNG may have them behind its pixels
+        content = path.read_bytes()
+        start, pixels, end = (content.index(name) - 4 for name in (b"eXIf", b"IDAT", b"IEND"))
+        path.write_bytes(content[:start] + content[pixels:end] + content[start:pixels]
+                         + content[end:])
     folder = open_dataset("folder", tmp_path)
     assert folder.read("train", 0)[0].size == (1, 3)
     data.check_before_training(folder)
     data.check("folder", tmp_path)
-    assert (f"NOTE: pictures that are turned as their EXIF data say, which their labels must be, "
+    assert ("NOTE: pictures that are turned as their EXIF data say, which their labels must be, "
             f"too: 1, for instance {path}") in capsys.readouterr().out
 
 
@@ -770,8 +728,7 @@ def test_pictures_that_are_transparent_or_their_own_labels_are_noted(tmp_path, c
     shutil.copy(tmp_path / "labels/train/1.png", pictures / "train/1.png")
     data.check("folder", tmp_path)
     out = capsys.readouterr().out
-    assert (f"transparent pixels, whose colours are seen as they are: 1, for instance {pictures}/"
-            "val/1.png") in out
+    assert f"colours are seen as they are: 1, for instance {pictures}/val/1.png" in out
     assert f"are their own labels, byte by byte: 1, for instance {pictures}/train/1.png" in out
 
 
@@ -780,8 +737,6 @@ def test_pictures_that_are_transparent_or_their_own_labels_are_noted(tmp_path, c
     ("unlabelled/0", "train/1", False)))
 def test_a_picture_in_two_splits_is_told(tmp_path, capsys, copy, of, noted):
     pictures = put_folder(tmp_path, [[[0, 1, 2]]] * 2) / "images"
-    for kind in ("images", "labels"):
-        shutil.copytree(tmp_path / kind / "val", tmp_path / kind / "test")
     put(pictures / "unlabelled" / "0.png", grey([[0]]))
     for i, path in enumerate(sorted(pictures.rglob("*.png"))):
         put(path, np.full((1, 3, 3), i))
@@ -796,17 +751,11 @@ def test_a_picture_in_two_splits_is_told(tmp_path, capsys, copy, of, noted):
 # ---------------------------------------------------------------- the console
 
 def test_missing_streams_end_no_work(monkeypatch):
-    done = []
-
-    def work():
-        print("x", *data.progress(range(3)))
-        print("y", file=sys.stderr)
-        done.append(True)
-
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)  # as Python does where it is started without them
-    data.command(work)
-    assert done
+    done = []
+    data.command(lambda: done.extend(data.progress(range(3))))
+    assert done == [0, 1, 2]
 
 
 def test_a_closed_pipe_ends_a_script_without_a_word(monkeypatch, capsys):
@@ -827,13 +776,9 @@ def test_what_a_console_cannot_show_is_replaced(monkeypatch):
     assert stream.buffer.getvalue() == b"stra\\xdfe\n"
 
 
-@pytest.mark.parametrize("terminal", (False, True))
-def test_bars_are_for_terminals(monkeypatch, terminal):
-    stderr = io.StringIO()
-    stderr.isatty = lambda: terminal
-    monkeypatch.setattr(sys, "stderr", stderr)
-    assert list(data.progress(range(3), desc="checking")) == [0, 1, 2]
-    assert ("checking" in stderr.getvalue()) == terminal
+def test_no_bar_is_drawn_where_stderr_is_no_terminal(capsys):
+    assert list(data.progress(range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------- errors and limits
@@ -855,32 +800,22 @@ SHM = "error: too little shared memory (/dev/shm) for the loader processes: take
     (KeyboardInterrupt("student: stopped and saved at step 3"), 130,
      "student: stopped and saved at step 3")))
 def test_what_a_user_can_mend_is_one_line_and_an_exit_code(capsys, error, code, line):
-    def main():
-        raise error
-
     with pytest.raises(SystemExit) as stop:
-        data.command(main)
+        data.command(Mock(side_effect=error))
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == code and len(lines) == 1 and lines[0].startswith(line)
 
 
 def test_other_errors_keep_their_traceback():
     error = RuntimeError("triton: out of resource: shared memory")  # that of a GPU
-
-    def main():
-        raise error
-
-    with pytest.raises(RuntimeError) as found:
-        data.command(main)
-    assert found.value is error
+    with pytest.raises(RuntimeError, match="triton"):
+        data.command(Mock(side_effect=error))
 
 
 def test_small_shared_memory_ends_a_validation_and_no_process_waits(tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
-
+    full = RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=full))
     folder = open_dataset("folder", put_folder(tmp_path, [np.zeros((8, 8))]))
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     loader = DataLoader(EvalImages(folder, "val", 8), batch_size=None, num_workers=1, timeout=30)
     with pytest.raises(SystemExit):
         data.command(lambda: list(loader))
@@ -934,8 +869,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         data.write_atomically(path, b"new")
     assert path.read_bytes() == b"older"
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-    with pytest.raises(InputError, match="nowhere/last.pt: cannot write it"):
-        data.write_atomically(tmp_path / "nowhere" / "last.pt", b"new")
 
 
 @pytest.mark.parametrize("content, words", (
@@ -991,9 +924,7 @@ def test_weights_that_do_not_fit_are_refused_by_cause_in_one_line():
             (backbone, error + "classifier.weight, classifier.bias, classifier.running_mean .*"),
             (whole | {"backbone.bias": torch.tensor([1.0, torch.nan])},
              "backbone.bias holds NaN or infinity"),
-            (whole | {"backbone.bias": torch.zeros(3)}, f"{error}backbone.bias; take another"),
-            (whole | {"head": torch.zeros(3)}, f"{error}head; take another"),
-            (whole | {"backbone.bias": 3}, f"{error}backbone.bias; take another")):
+            (whole | {"backbone.bias": torch.zeros(3)}, f"{error}backbone.bias; take another")):
         with pytest.raises(InputError, match=f"x.pt: .*{words}") as e:
             data.load_strictly(network, state, "x.pt", "this network", "take another")
         assert "\n" not in str(e.value)
