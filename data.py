@@ -112,8 +112,11 @@ class DataSet:
         return label.astype(np.uint8)
 
     def two_ways(self):
-        return (f"NOTE: labels are read in two ways: by their colours, as {self.read_as['colours']}"
-                f", and as class numbers, as {self.read_as['numbers']}; are both so meant?")
+        """A NOTE in a list where some labels were read by colours and others as numbers."""
+        if len(self.read_as) < 2:
+            return []
+        return [f"NOTE: labels are read in two ways: by their colours, as {self.read_as['colours']}"
+                f", and as class numbers, as {self.read_as['numbers']}; are both so meant?"]
 
     def _is_renumbered(self, raw):
         """Whether a palette gives the colour of a class to another index than the class's.
@@ -426,9 +429,9 @@ def _read_classes(root):
         colour = tuple(map(int, found.groups()[1:])) if found else ()
         if not colour or max(colour) > 255:
             raise InputError(f"{where}: {line!r} is not '{form}' with three numbers 0..255")
-        if re.search(r"\s\d+$", found[1]):  # of four numbers one would join the name
-            raise InputError(f"{where}: {line!r} has a number before its colour; leave three "
-                             "numbers per line, and write a name like lane 2 as lane-2")
+        if re.search(r"^\d+\s|\s\d+$", found[1]):  # of four numbers one would join the name
+            raise InputError(f"{where}: {line!r} has a fourth number; leave three per line (class "
+                             "numbers count the lines), and write a name like lane 2 as lane-2")
         if colour in palette + ignored:  # colour labels and pictures could not tell the two apart
             other = "ignore" if colour in ignored else classes[palette.index(colour)]
             raise InputError(f"{where}: {found[1]} has the colour of {other}; "
@@ -672,19 +675,6 @@ def open_label(path):
     return raw
 
 
-def picture_size(path):
-    """Width and height as `read_image` gives them, by the header alone.
-
-    Where a PNG's EXIF data stand behind its pixels, they are those before turning.
-    """
-    with _opened(path) as image:
-        _refuse_deep(path, image)
-        with suppress(Exception):  # a TIFF has no "exif" there: Pillow turns it by itself
-            if "exif" in image.info and image.getexif().get(ORIENTATION, 1) > 4:
-                return image.size[::-1]
-        return image.size
-
-
 @contextmanager
 def _opened(path):
     """Image.open. What fails in it or in its block is an InputError, as are several pages."""
@@ -762,49 +752,20 @@ def sizes_of_pictures(data, splits=("train", "val", "unlabelled")):
                          for path, _ in data.pairs.get(split, ()))
 
 
-def check_before_training(data):
-    """Look at what training and validation will read, before hours are spent.
+def check(data, splits):
+    """Read every file of these splits, print each fault as one line, then what the labels hold.
 
-    Every label is read, every picture of val decoded, of the others the header. Prints NOTEs about
-    the labels. Raises InputError for the first fault.
+    Raises InputError where there are faults, where train has fewer than two classes, and where val
+    has nothing to score.
     """
-    pixels = {}
-    for split in ("train", "val", "unlabelled"):
-        glance = partial(_glance, data, split)
-        indices = range(len(data.pairs.get(split, ())))
-        found = in_threads(glance, indices, desc=f"checking {split}", unit="images")
-        if split != "unlabelled":
-            pixels[split] = sum(found)
-    for line in _judge(data, pixels):
-        print(line)
-
-
-def _glance(data, split, index):
-    """The label's pixels by value. Raises InputError."""
-    picture, path = data.pairs[split][index]
-    size = read_image(picture).size if split == "val" else picture_size(picture)
-    if path is None:
-        return None
-    label = data.read_label(path)
-    if label.shape != size[::-1]:
-        data.read(split, index)  # the picture itself decides
-    return np.bincount(label.ravel(), minlength=256)
-
-
-def check(name, root):
-    """Read every file of a data set, print each fault as one line, and what the labels hold.
-
-    Raises InputError where there are faults.
-    """
-    data = open_dataset(name, root, missing_ok=True)
-    faults, pixels, odd, places = 0, {}, {}, {}
-    for split, pairs in data.pairs.items():
+    faults, pixels, odd, places = [], {}, {}, {}
+    for split in splits:
+        pairs = data.pairs.get(split, ())
         look = partial(_look, data, split)
         found = in_threads(look, range(len(pairs)), desc=f"checking {split}", unit="images")
         for (picture, label), result in zip(pairs, found):
             if isinstance(result, str):
-                faults += 1
-                print(result)
+                faults.append(result)
                 continue
             counts, digest, oddities = result
             if label:
@@ -812,14 +773,13 @@ def check(name, root):
             places.setdefault(digest, {})[split] = picture
             for what in oddities:
                 odd.setdefault(what, []).append(picture)
-    sizes = ", ".join(f"{split}: {len(pairs)} images" for split, pairs in data.pairs.items())
-    print(f"{sizes}, {len(data.classes)} classes, {faults} faulty")
     if faults:
-        raise InputError(f"{faults} faulty files are listed above; mend or remove them")
+        print("\n".join(faults))
+        raise InputError(f"{faults[0]} ({len(faults)} faulty in all, listed above)")
 
     for split, counts in pixels.items():
         print(f"{split}: {counts[IGNORE] / counts.sum():.1%} of the labels' pixels are ignored")
-    for line in _judge(data, pixels) or ["every class has a pixel in every split"]:
+    for line in _judge(data, pixels):
         print(line)
     for what, those in odd.items():
         print(f"NOTE: pictures that {what}: {len(those)}, for instance {those[0]}")
@@ -836,30 +796,28 @@ def _look(data, split, index):
     oddities = []
     try:
         _, label = data.read(split, index)
+        content = picture.read_bytes()
+        if label_path and content == label_path.read_bytes():
+            oddities.append("are their own labels, byte by byte")
         with _opened(picture) as image:
-            image.load()
             if image.has_transparency_data:
                 if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
                     oddities.append("have transparent pixels, whose colours are seen as they are")
+            with suppress(Exception):  # damaged EXIF data are no fault of the pixels
+                if image.getexif().get(ORIENTATION, 1) > 1:
+                    oddities.append("are turned as their EXIF data say, which their labels must "
+                                    "be, too")
     except InputError as e:
         return str(e)
-    with suppress(Exception), Image.open(picture) as image:
-        if image.getexif().get(ORIENTATION, 1) > 1:
-            oddities.append("are turned as their EXIF data say, which their labels must be, too")
-    content = picture.read_bytes()
-    if label_path and content == label_path.read_bytes():
-        oddities.append("are their own labels, byte by byte")
-    digest = hashlib.sha256(content).digest()
-    return np.bincount(label.ravel(), minlength=256), digest, oddities
+    return np.bincount(label.ravel(), minlength=256), hashlib.sha256(content).digest(), oddities
 
 
 def _judge(data, pixels):
     """Lines to print about labels that are readable and yet may not be what was meant.
 
-    pixels: split -> how many have each value, 256 entries. Raises InputError where train has fewer
-    than two classes or val has nothing to score.
+    pixels: split -> how many have each value, 256 entries. Raises InputError as `check` does.
     """
-    lines = [data.two_ways()] if len(data.read_as) == 2 else []
+    lines = data.two_ways()
     if data.read_as.keys() == {"numbers"} and IGNORE in data.class_of_colour.values():
         raise InputError(f"{data.read_as['numbers']}: holds class numbers, where 255 is ignored, "
                          "but classes.txt ignores colours; remove these lines, or save the labels "
@@ -892,7 +850,10 @@ def main():
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--data", metavar="DIR", help="its folder (default: data/NAME)")
     args = parser.parse_args()
-    check(args.dataset, args.data)
+    data = open_dataset(args.dataset, args.data, missing_ok=True)
+    check(data, data.pairs)
+    sizes = [f"{split}: {len(pairs)} images" for split, pairs in data.pairs.items()]
+    print(f"{', '.join(sizes)}, {len(data.classes)} classes, 0 faulty")
 
 
 # ---------------------------------------------------------------- errors and the console

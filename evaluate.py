@@ -648,8 +648,8 @@ def _score(args):
 
     for one in ("train", split):
         data.read(one, 0)
-    if len(data.read_as) == 2:
-        print(data.two_ways())
+    for line in data.two_ways():
+        print(line)
 
     window = None if args.whole else state["window"]
     # labels count by their bytes, wherever they lie

@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import losses
-from data import (DATASETS, InputError, Parser, TrainStream, at_least, check_before_training,
-                  command, first_difference, labels_digest, load_checkpoint, load_strictly, locked,
+from data import (DATASETS, InputError, Parser, TrainStream, at_least, check, command,
+                  first_difference, labels_digest, load_checkpoint, load_strictly, locked,
                   normalise, open_dataset, pictures_digest, progress, quiet_worker, save_tensors,
                   sizes_of_pictures, unwrap, write_atomically)
 from evaluate import (default_workers, evaluate, miou_of_commonest_class, read_scores, report,
@@ -545,7 +545,7 @@ def train(args):
     entries, T, P = {}, None, None  # entries: rows of the table
     if isinstance(teacher, GivenTeacher):
         T = teacher.network
-        entries["teacher"] = T, scores_of_given(args, data, teacher, students)
+        entries["teacher"] = T, scores_of_given(args, data, T)
     elif teacher:
         with teacher.at_work():
             T = train_teacher(teacher)
@@ -648,7 +648,7 @@ def check_early(args, data, runs):
         print(f"NOTE: {data.root}: pictures were changed, added or removed since this run began: "
               "their sizes in bytes are others")
     if sizes != today and rank() == 0:
-        check_before_training(data)
+        check(data, ("train", "val", "unlabelled"))
 
 
 def announce(args, data, runs):
@@ -661,11 +661,9 @@ def announce(args, data, runs):
         print(f"{len(data.pairs['unlabelled'])} images without labels, used by "
               f"{' and '.join(used) or 'none of these methods'}")
     stages = []
-    for run in runs:
-        kind, network, method = run.stage.stage, run.stage.network, run.stage.method
-        name = {"teacher": f"teacher {network}", "pool": "pool",
-                "student": f"student {network}, {method}"}[kind]
-        stages.append(f"{name}: {run.stage.steps:,} steps")
+    for stage in (run.stage for run in runs):
+        method = f", {stage.method}" if stage.method else ""
+        stages.append(f"{stage.stage} {stage.network}{method}: {stage.steps:,} steps")
     print("stages: " + "; ".join(stages), flush=True)
 
 
@@ -688,10 +686,8 @@ def digest_of(path):
     try:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()[:16]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the path of a weights file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: a folder; give the path of a weights file in it") from None
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}; give the path of a weights file") from None
 
 
 def digest_of_tensors(module):
@@ -767,15 +763,8 @@ def refuse_unfit(args, source, state, classes):
                          "finish it with the command that began it")
 
 
-def scores_of_given(args, data, teacher, students):
-    """Scores on val of a given teacher, measured and printed once for each student."""
-    known = None
-    if students and students[-1].step:  # the last one has this teacher
-        with suppress(InputError):  # what cannot be read is measured again
-            known = read_scores(students[-1].folder / teacher.folder.name / "results-val.json")
-    if known := of_all_processes(known)[0]:
-        return known
-    network = teacher.network
+def scores_of_given(args, data, network):
+    """Scores on val of a given teacher, measured and printed at each start."""
     matrix = evaluate(network, data, "val", args.base, args.crop, args.device,
                       workers=args.workers).cpu()
     result = scores(matrix)
@@ -784,11 +773,6 @@ def scores_of_given(args, data, teacher, students):
     if result["miou"] <= miou_of_commonest_class(matrix):
         print("WARNING: this teacher is no better than always answering the commonest class: are "
               "its classes in this order, its pictures RGB with ImageNet's mean and deviation?")
-    if students and rank() == 0:
-        folder = students[-1].folder / teacher.folder.name
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {"method": None, "step": 0, "scored": students[-1].stage.labels}
-        write_scores(folder, "val", result, students[-1].description | about)
     return result
 
 
