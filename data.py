@@ -753,8 +753,9 @@ def sizes_of_pictures(data, splits=("train", "val", "unlabelled")):
 
 
 def check(data, splits):
-    """Read every file of these splits, print each fault as one line, then what the labels hold.
+    """Read every file of these splits, print each fault as one line, then what is odd.
 
+    Returns split -> how many pixels of its labels have each value, 256 entries.
     Raises InputError where there are faults, where train has fewer than two classes, and where val
     has nothing to score.
     """
@@ -788,6 +789,7 @@ def check(data, splits):
     if twice:
         print(f"NOTE: pictures that are in two splits: {len(twice)}, for instance {twice[0][0]} "
               f"and {twice[0][-1]}; scores will be too good, so keep each in one split")
+    return pixels
 
 
 def _look(data, split, index):
@@ -795,27 +797,27 @@ def _look(data, split, index):
     picture, label_path = data.pairs[split][index]
     oddities = []
     try:
-        _, label = data.read(split, index)
-        content = picture.read_bytes()
-        if label_path and content == label_path.read_bytes():
+        image, label = data.read(split, index)
+        digest = hashlib.sha256(image.tobytes()).digest()
+        if label_path and picture.read_bytes() == label_path.read_bytes():
             oddities.append("are their own labels, byte by byte")
-        with _opened(picture) as image:
-            if image.has_transparency_data:
-                if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        with _opened(picture) as raw:
+            if raw.has_transparency_data:
+                if raw.convert("RGBA").getchannel("A").getextrema()[0] < 255:
                     oddities.append("have transparent pixels, whose colours are seen as they are")
             with suppress(Exception):  # damaged EXIF data are no fault of the pixels
-                if image.getexif().get(ORIENTATION, 1) > 1:
+                if raw.getexif().get(ORIENTATION, 1) > 1:
                     oddities.append("are turned as their EXIF data say, which their labels must "
                                     "be, too")
     except InputError as e:
         return str(e)
-    return np.bincount(label.ravel(), minlength=256), hashlib.sha256(content).digest(), oddities
+    return np.bincount(label.ravel(), minlength=256), digest, oddities
 
 
 def _judge(data, pixels):
     """Lines to print about labels that are readable and yet may not be what was meant.
 
-    pixels: split -> how many have each value, 256 entries. Raises InputError as `check` does.
+    pixels: as `check` returns them. Raises InputError as it does.
     """
     lines = data.two_ways()
     if data.read_as.keys() == {"numbers"} and IGNORE in data.class_of_colour.values():
@@ -851,7 +853,11 @@ def main():
     parser.add_argument("--data", metavar="DIR", help="its folder (default: data/NAME)")
     args = parser.parse_args()
     data = open_dataset(args.dataset, args.data, missing_ok=True)
-    check(data, data.pairs)
+    pixels = check(data, data.pairs)
+    print("share of the labels' pixels:")
+    for k, name in (*enumerate(data.classes), (IGNORE, "ignored")):
+        shares = [f"{split} {counts[k] / counts.sum():.1%}" for split, counts in pixels.items()]
+        print(f"  {name}: {', '.join(shares)}")
     sizes = [f"{split}: {len(pairs)} images" for split, pairs in data.pairs.items()]
     print(f"{', '.join(sizes)}, {len(data.classes)} classes, 0 faulty")
 

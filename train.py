@@ -216,7 +216,7 @@ class Stage:
     """
     stage: str  # its kind: teacher, pool or student
     network: str  # a row of TEACHERS or VARIANTS, or attention_pool
-    initial: str  # what it starts from: none, imagenet, or a file's name and digest
+    initial: str  # what it starts from: none, imagenet, or a file's digest
     steps: int
     rate: float  # of the optimizer, at its highest
     warmup: int  # steps of linear warm-up
@@ -232,7 +232,7 @@ class Stage:
     weights: dict  # of the terms
     method: str | None = None
     unlabelled: str | int = 0  # digest of the names of the pictures without labels, if used
-    teacher: dict | None = None  # the teacher's Stage, or name and digest of a given one
+    teacher: dict | None = None  # the teacher's Stage, or the digest of a given file
     pool: dict | None = None  # the pool's Stage, or the digest of CLIP's file
 
 
@@ -265,6 +265,9 @@ class Run:
         """last.pt as a dict, None where there is none. Raises InputError for another experiment."""
         path, self.step = self.folder / "last.pt", 0
         if not path.exists():
+            if alone := sorted(self.folder.glob("results-*.json")):
+                raise InputError(f"{alone[0]}: scores whose last.pt is gone; move them away, or "
+                                 "choose another --out or --name")
             return None
         state = load_checkpoint(path, ("step", "module", "optimizer"))
         saved = state.get("stage")
@@ -297,9 +300,6 @@ class Run:
             self.rows = state["rows"]
         elif self.stage.initial != "none" and not self.start:
             raise InputError(f"{self.folder}: its last.pt is gone; run the same command again")
-        elif rank() == 0:
-            for scores_of_an_earlier_run in self.folder.glob("results-*.json"):
-                scores_of_an_earlier_run.unlink()
         self.saved_at = time.monotonic()
         if len(set(of_all_processes(self.step))) > 1:
             raise InputError(f"{self.folder}/last.pt: not the same for all processes; they need "
@@ -323,11 +323,9 @@ class Run:
                                     "run the same command again to continue")
 
     def finished(self):
-        """Whether the stage is trained and scored, and the scores are its own."""
-        path = self.folder / "results-val.json"
-        if self.stage.stage != "pool" and not path.exists() or self.step < self.stage.steps:
-            return False
-        return self.stage.stage == "pool" or read_scores(path)["stage"] == self.identity
+        """Whether the stage is trained and, but for the pool, scored."""
+        scored = self.stage.stage == "pool" or (self.folder / "results-val.json").exists()
+        return scored and self.step == self.stage.steps
 
     @contextmanager
     def at_work(self):
@@ -661,9 +659,11 @@ def announce(args, data, runs):
         print(f"{len(data.pairs['unlabelled'])} images without labels, used by "
               f"{' and '.join(used) or 'none of these methods'}")
     stages = []
-    for stage in (run.stage for run in runs):
-        method = f", {stage.method}" if stage.method else ""
-        stages.append(f"{stage.stage} {stage.network}{method}: {stage.steps:,} steps")
+    for run in runs:
+        method = f", {run.stage.method}" if run.stage.method else ""
+        done = f", {run.step:,} done" if run.step else ""
+        stages.append(f"{run.stage.stage} {run.stage.network}{method}: {run.stage.steps:,} steps"
+                      + done)
     print("stages: " + "; ".join(stages), flush=True)
 
 
@@ -676,10 +676,8 @@ def add_entry(entries, name, network, run):
 # ---------------------------------------------------------------- weights that the user gives
 
 def identity_of_weights(source):
-    """none, imagenet or voc as they are. A file's name and digest, wherever it lies."""
-    if source in ("none", "imagenet", "voc"):
-        return source
-    return f"{Path(source).name}, sha256 {digest_of(source)}"
+    """none, imagenet or voc as they are. A file's digest, whatever its name."""
+    return source if source in ("none", "imagenet", "voc") else f"sha256 {digest_of(source)}"
 
 
 def digest_of(path):
