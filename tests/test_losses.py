@@ -1,4 +1,4 @@
-"""The losses against their definitions, loops over pixels and pairs, and their properties.
+"""The losses against their definitions, loops over pixels and pairs.
 
 An oracle takes float64 tensors and returns its summands, so that an error is measured against what
 was added up, not against a sum in which terms may have cancelled.
@@ -21,7 +21,6 @@ from student import VARIANTS, Student, StudentWithHeads
 from teacher import TEACHERS, AttentionPool, Teacher, pool_grid
 
 IGNORE = 255
-KL = ("forward", "reverse")
 
 
 # ---------------------------------------------------------------- oracles
@@ -158,7 +157,7 @@ def dist(S, T, labels):
 
     def pearson(a, b):
         a, b = a - a.mean(), b - b.mean()
-        return (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt() + 1e-8)
+        return (a * b).sum() / (a.norm() * b.norm() + 1e-8)
 
     pixel, classwise = ([1 - pearson(a, b) for a, b in zip(*pair)] for pair in ((P, Q), (P.T, Q.T)))
     return torch.cat([torch.stack(pixel) / len(pixel), torch.stack(classwise) / len(classwise)])
@@ -190,6 +189,7 @@ def ifvd_of_maps(S, T, labels):
     return losses.ifvd_loss(S, T, labels, CLASSES)
 
 
+K = 5
 CLASSES = 4  # of the labels of feature losses, whose maps have channels instead of classes
 FEATURES = {  # no labels
     "lc forward": (partial(lc_of_maps, kl="forward"), partial(linguistic, kl="forward")),
@@ -221,9 +221,9 @@ TERMS = FEATURES | MASKED
 SHAPES = [(2, 5, 3, 4), (1, 7, 2, 3), (3, 2, 3, 2), (2, 9, 1, 4)]
 
 
-def inputs(name, shape=(2, 5, 3, 4), dtype=torch.float64, seed=0):
+def inputs(name, shape=(2, 5, 3, 4), dtype=torch.float64):
     """Random maps, and labels of which one is ignored and two classes occur twice."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     B, C, H, W = shape
     S = 2 * torch.randn(shape, dtype=dtype)
     more = 3 * (name in MASKED_FEATURES)  # these do not need equal channels
@@ -246,174 +246,88 @@ def close(a, b, tolerance, scale=None):
 
 # ---------------------------------------------------------------- values and gradients
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)],
-                         ids=["float64", "float32"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", TERMS)
-def test_value_and_gradient_are_those_of_the_definition(name, shape, dtype, tolerance):
+def check(name, S, T, labels, tolerance):
     loss, oracle = TERMS[name]
-    S, T, labels = inputs(name, shape, dtype)
     value, gradient = value_and_gradient(loss, S, T, labels)
     exact = S.double().requires_grad_()
     summands = oracle(exact, T.double(), labels)
     wanted, = torch.autograd.grad(summands.sum(), exact)
-    assert value.dtype == dtype and value.shape == ()
+    assert value.dtype == S.dtype and value.shape == ()
     assert close(value, summands.sum(), tolerance, summands.abs().sum())
     assert wanted.any() and close(gradient, wanted, tolerance)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", TERMS)
+def test_value_and_gradient_are_those_of_the_definition(name, shape):
+    check(name, *inputs(name, shape), 1e-10)
+    check(name, *inputs(name, shape, torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_of_60_lose_no_digits(name):
+    S, T, labels = inputs(name, dtype=torch.float32)
+    check(name, 60 * S.sign(), 60 * T.sign(), labels, 1e-5)
+
+
 @pytest.mark.parametrize("name", MASKED)
-def test_an_image_without_a_labelled_pixel_adds_nothing_undefined(name):
-    loss, oracle = TERMS[name]
+def test_an_image_without_a_labelled_pixel_adds_nothing(name):
     S, T, labels = inputs(name)
     labels[1] = IGNORE
-    value, gradient = value_and_gradient(loss, S, T, labels)
-    assert close(value, oracle(S, T, labels).sum(), 1e-10)
-    assert gradient[0].any() and not gradient[1].any()
+    check(name, S, T, labels, 1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", MASKED)
-def test_a_batch_without_a_labelled_pixel_gives_zero_and_a_zero_gradient(name, dtype):
-    S, T, labels = inputs(name, dtype=dtype)
+def test_a_batch_without_a_labelled_pixel_gives_zero_and_a_zero_gradient(name):
+    S, T, labels = inputs(name)
     value, gradient = value_and_gradient(MASKED[name][0], S, T, torch.full_like(labels, IGNORE))
     assert value == 0 and torch.equal(gradient, torch.zeros_like(S))
 
 
-@pytest.mark.parametrize("name", LOGITS)
-def test_logits_of_60_give_finite_losses_and_gradients(name):
-    S, T, labels = inputs(name, dtype=torch.float32)
-    value, gradient = value_and_gradient(LOGITS[name][0], 60 * S.sign(), 60 * T.sign(), labels)
-    assert value.isfinite() and gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("size", (1, 60), ids=("small logits", "logits of 60"))
-@pytest.mark.parametrize("kl", KL)
-def test_pdd_gradient_in_the_target_logit(kl, size):
-    """Forward 0.5 (s - q_t). Reverse 0.5 s (1 - s) (logit s - logit q_t): 0 at a wrong pixel."""
-    S, T, labels = inputs("pdd forward", dtype=torch.float32)
-    S, T = (S, T) if size == 1 else (size * S.sign(), size * T.sign())
-    _, gradient = value_and_gradient(losses.pdd_loss, S, T, labels, kl)
-    for b, i, j in pixels(labels):
-        y = labels[b, i, j]
-        (s, s_rest), (t, t_rest) = (folded(probabilities(z[b, :, i, j].double()), y)
-                                    for z in (S, T))
-        q, q_rest = (t + 1) / 2, t_rest / 2
-        wanted = 0.5 * (s - q)
-        if kl == "reverse":
-            wanted = 0.5 * s * s_rest * ((s / s_rest).log() - (q / q_rest).log())
-        assert abs(gradient[b, y, i, j] * len(pixels(labels)) - wanted) < 1e-6 * max(1, abs(wanted))
-
-
 @pytest.mark.parametrize("name", TERMS)
 def test_bfloat16_under_autocast_is_computed_in_float32(name):
+    loss, _ = TERMS[name]
     S, T, labels = inputs(name, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        value = TERMS[name][0](S, T, labels)
-        nothing = TERMS[name][0](S, T, torch.full_like(labels, IGNORE))
-    assert value.dtype == nothing.dtype == torch.float32
-    assert value == TERMS[name][0](S.float(), T.float(), labels)
+        value = loss(S.requires_grad_(), T, labels)
+        nothing = loss(S, T, torch.full_like(labels, IGNORE))
+    gradient, = torch.autograd.grad(value, S)
+    wanted, wanted_gradient = value_and_gradient(loss, S.float(), T.float(), labels)
+    assert value.dtype == nothing.dtype == torch.float32 and value == wanted
+    assert close(gradient.float(), wanted_gradient, 2 ** -8)
 
 
-# ---------------------------------------------------------------- properties
-
-@pytest.mark.parametrize("name", [n for n in TERMS if n.split()[0] not in ("pdd", "ce")])
-def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(name):
-    S, _, labels = inputs(name)
-    value, gradient = value_and_gradient(TERMS[name][0], S, S.clone(), labels)
-    limit = 1e-6 if name == "dist" else 1e-12  # its authors add 1e-8 to a product of lengths
-    assert abs(value) < limit and gradient.abs().max() < limit
+def test_a_teacher_that_is_just_not_right_leaves_its_pixels_to_the_labels():
+    z_S, z_T, labels = torch.randn(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), torch.ones(1, 3, 4).long()
+    wanted = losses.cross_entropy(z_S, labels) / 2
+    assert close(losses.pdd_where_right(z_S, z_T, labels), wanted, 1e-6)
 
 
-@pytest.mark.parametrize("kl", KL)
-def test_a_student_at_the_mixed_target_has_no_pdd_and_no_gradient(kl):
-    S, T, labels = inputs("pdd forward")
-    q_t = (losses.margin(T, labels).sigmoid() + 1) / 2
-    target = labels.where(labels != IGNORE, 0)[:, None]
-    # the target's logit by which the margin becomes that of q_t
-    S = S.scatter_add(1, target, (q_t.logit() - losses.margin(S, labels))[:, None])
-    value, gradient = value_and_gradient(losses.pdd_loss, S, T, labels, kl)
-    assert abs(value) < 1e-12 and gradient.abs().max() < 1e-12
-
-
-def test_forward_pdd_is_half_of_cross_entropy_with_the_mixed_target_less_its_entropy():
-    S, T, labels = inputs("pdd forward")
-    valid = labels != IGNORE
-    m_S, m_T = losses.margin(S, labels), losses.margin(T, labels)
-    q_t = (m_T[valid].sigmoid() + 1) / 2
-    entropy = F.binary_cross_entropy(q_t, q_t)
-    wanted = 0.5 * (F.binary_cross_entropy_with_logits(m_S[valid], q_t) - entropy)
-    assert close(losses.pdd_loss(S, T, labels), wanted, 1e-12)
-
-
-def test_pdd_where_right_leaves_a_pixel_to_its_label_where_the_teacher_is_wrong():
-    labels = torch.zeros(1, 1, 3, dtype=torch.long)
-    z_S = torch.zeros(1, 2, 1, 3)
-    m_T = torch.tensor([3.0, -3.0, 0.0])  # right, wrong, and just not right
-    z_T = torch.stack([m_T, torch.zeros(3)])[None, :, None]
-    mixed = ((1 + m_T.sigmoid()) / 2).tolist()
-
-    def targets(loss):
-        """q_t of each pixel, from the derivative 1/2 (p_t - q_t) of each of the three summands."""
-        _, gradient = value_and_gradient(loss, z_S, z_T, labels)
-        return (0.5 - 6 * gradient[0, 0, 0]).tolist()
-
-    assert targets(losses.pdd_where_right) == pytest.approx([mixed[0], 1, 1])
-    assert targets(losses.pdd_loss) == pytest.approx(mixed)
-
-
-@pytest.mark.parametrize("name", MASKED)
-def test_ignored_pixels_have_no_influence_and_no_gradient(name):
-    S, T, labels = inputs(name)
-    ignored = (labels == IGNORE)[:, None]
-    value, gradient = value_and_gradient(MASKED[name][0], S, T, labels)
-    assert not gradient.masked_select(ignored).any() and gradient.any()
-    changed = S.masked_fill(ignored, 9), T.masked_fill(ignored, -9)
-    other, _ = value_and_gradient(MASKED[name][0], *changed, labels)
-    assert close(other, value, 1e-12)
-
-
-def test_the_patch_loss_does_not_cancel_where_the_student_is_close_to_its_teacher():
-    S, T, _ = inputs("pc", dtype=torch.float32)
-    S = T + 1e-3 * S
-    assert close(losses.patch_loss(S, T), patch(S.double(), T.double(), None).sum(), 1e-3)
-
-
-# ---------------------------------------------------------------- arithmetic and memory
+# ---------------------------------------------------------------- arithmetic
 
 class TF32(TorchDispatchMode):
-    """Rounds what enters a matrix product to TF32's 10 mantissa bits, forwards and backwards."""
-
-    def __init__(self, half):
-        super().__init__()
-        self.half, self.products = half, 0
+    """Cuts what enters a matrix product to TF32's 10 mantissa bits, forwards and backwards."""
+    products = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.overloadpacket == torch.ops.aten.mm:
             self.products += 1
-            bits = [x.contiguous().view(torch.int32) + self.half for x in args]
+            bits = [x.contiguous().view(torch.int32) for x in args]
             args = [(x & ~0x1FFF).view(torch.float32) for x in bits]
         return op(*args, **(kwargs or {}))
 
 
-# measured at C = 64 ... 512 and 128 ... 8192 patches: rounded to nearest 1e-5 and 9e-4,
-# truncated 1.4e-3 and 1.8e-3
-@pytest.mark.parametrize("half, of_value, of_gradient",
-                         [(0x1000, 3e-5, 2.7e-3), (0, 4.2e-3, 5.4e-3)],
-                         ids=["to nearest", "truncated"])
-@pytest.mark.parametrize("student", ["random", "its teacher plus 10% noise"])
-@pytest.mark.parametrize("shape", [(2, 64, 8, 8), (2, 256, 16, 16)], ids=str)
-def test_the_patch_loss_does_not_amplify_the_rounding_of_tf32(shape, student, half, of_value,
-                                                              of_gradient):
+def test_the_patch_loss_does_not_amplify_the_rounding_of_tf32():
     torch.manual_seed(0)
-    S, T = torch.randn(2, *shape)
-    S = S if student == "random" else T + 0.1 * S
+    S, T = torch.randn(2, 2, 64, 8, 8)
+    S = T + 0.1 * S  # forms that subtract large products lose their digits here
     wanted, wanted_gradient = value_and_gradient(losses.patch_loss, S.double(), T.double())
-    with TF32(half) as mode:
+    with TF32() as mode:
         value, gradient = value_and_gradient(losses.patch_loss, S, T)
     assert mode.products == 9  # three, and two for the gradient of each
-    assert abs(value - wanted) < of_value * wanted
-    assert (gradient - wanted_gradient).norm() < of_gradient * wanted_gradient.norm()
+    # measured at C = 64 ... 512 and 128 ... 8192 patches: 1.4e-3 and 1.8e-3
+    assert abs(value - wanted) < 4.2e-3 * wanted
+    assert (gradient - wanted_gradient).norm() < 5.4e-3 * wanted_gradient.norm()
 
 
 def literal_margin(z, labels):
@@ -424,8 +338,7 @@ def literal_margin(z, labels):
 
 
 def literal_cross_entropy(z, labels):
-    target = labels.where(labels != IGNORE, 0)[:, None]
-    return -z.log_softmax(1).gather(1, target).squeeze(1)
+    return F.cross_entropy(z, labels.where(labels != IGNORE, 0), reduction="none")
 
 
 def pixels_of_cross_entropy(z, labels):
@@ -439,33 +352,21 @@ BY_PIXEL = {  # ours and the definition: from logits and labels to the values of
 }
 
 
-@pytest.mark.parametrize("size", [(11, 16), (3, 4)], ids=["larger", "as large"])
 @pytest.mark.parametrize("name", BY_PIXEL)
-def test_the_backward_pass_is_autograds_through_all_full_size_logits(name, size):
-    ours, literal = BY_PIXEL[name]
+def test_the_backward_pass_is_autograds_through_all_full_size_logits(name):
+    (ours, literal), size = BY_PIXEL[name], (11, 16)
     S = inputs("pdd forward", (3, 5, 3, 4))[0]
     labels = inputs("pdd forward", (3, 5, *size))[2]
     upstream = torch.randn(3, *size, dtype=torch.float64)
 
-    def weighted(form):
-        return lambda z: (upstream * form(losses.resize(z, size), labels)).sum()
+    def wanted_values(z):
+        return (upstream * literal(losses.resize(z, size), labels)).sum()
 
     value, gradient = value_and_gradient(lambda z: (upstream * ours(z, labels)).sum(), S)
-    wanted, wanted_gradient = value_and_gradient(weighted(literal), S)
+    wanted, wanted_gradient = value_and_gradient(wanted_values, S)
     assert close(value, wanted, 1e-12) and close(gradient, wanted_gradient, 1e-12)
     few = labels[:1, :3, :4]  # an ignored pixel among them
     assert torch.autograd.gradcheck(lambda z: ours(z, few), S[:1].requires_grad_())
-
-
-@pytest.mark.parametrize("name", BY_PIXEL)
-def test_half_precision_logits_get_gradients_of_their_own_precision(name):
-    ours, _ = BY_PIXEL[name]
-    S, _, labels = inputs("pdd forward", dtype=torch.bfloat16)
-    values = ours(S.requires_grad_(), labels)
-    values.sum().backward()
-    assert values.dtype == torch.float32 and S.grad.dtype == torch.bfloat16
-    _, wanted = value_and_gradient(lambda z: ours(z, labels).sum(), S.detach().float())
-    assert close(S.grad.float(), wanted, 2 ** -8)
 
 
 def test_networks_of_unequal_batches_are_refused():
@@ -482,27 +383,6 @@ def test_total_is_the_weighted_sum_of_equation_10():
     assert total == pytest.approx(0.7 + 1 * 3.0 + 2 * 0.2 + 0.2 * 1.1)
     with pytest.raises(ValueError, match=r"the terms are \['ce'\], but the weights \['ce', 'kd'\]"):
         losses.total_loss({"ce": 1.0}, {"ce": 1.0, "kd": 1.0})
-
-
-@pytest.mark.filterwarnings("ignore:reduction")  # the mean over elements is what the release takes
-def test_weights_that_reproduce_the_released_objective():
-    C, embedding = 6, 8
-    V_S, V_T, _ = inputs("gb", (2, C, 3, 4))
-    e_S, e_T = torch.randn(2, 2, embedding, dtype=torch.float64)
-    mean = torch.nn.KLDivLoss(reduction="mean", log_target=True)
-
-    def affinity(V):
-        rows = F.normalize(V.permute(0, 2, 3, 1).reshape(-1, C), dim=1)
-        rows = rows - rows.mean(1, keepdim=True)
-        return rows @ rows.T / (C - 1)
-
-    pairs = {"gb": (losses.global_visual_loss(V_S, V_T) / C,
-                    mean(V_S.log_softmax(1), V_T.log_softmax(1))),
-             "pc": (losses.patch_loss(V_S, V_T) / (C - 1) ** 2,
-                    F.mse_loss(affinity(V_S), affinity(V_T))),
-             "lc": (losses.linguistic_loss(e_S, e_T) / embedding,
-                    mean(e_S.log_softmax(1), e_T.log_softmax(1)))}
-    assert all(close(ours, released, 1e-12) for ours, released in pairs.values())
 
 
 # ---------------------------------------------------------------- what each method reads
@@ -591,23 +471,6 @@ def test_needs_that_nobody_fills_are_refused(needs):
         Method(losses.ce, {"ce": 1.0}, needs)
 
 
-def test_absent_classes_weigh_in_dist_as_its_authors_let_them():
-    torch.manual_seed(0)
-    labels = torch.randint(10, (1, 4, 6))
-    S, T = 2 * torch.randn(2, 1, 60, 4, 6, dtype=torch.float64)
-    T[:, 10:] = S[:, 10:] - 20  # fifty classes that neither expects, and on which both agree
-    S[:, 10:] -= 20
-    value, gradient = value_and_gradient(losses.dist_loss, S, T, labels)
-    exact = S.clone().requires_grad_()
-    wanted = dist(exact, T, labels).sum()
-    wanted.backward()
-    assert close(value, wanted, 1e-10) and close(gradient, exact.grad, 1e-10)
-    p_S, p_T = (z.softmax(1)[0].flatten(1) for z in (S, T))
-    centred = (p - p.mean(1, keepdim=True) for p in (p_S, p_T))
-    without = 1 - F.cosine_similarity(*centred, dim=1, eps=0)  # of each class, without the 1e-8
-    assert without[10:].mean() < 0.7 and without.mean() + 0.2 < value
-
-
 def test_every_logit_of_a_fine_student_gets_a_gradient_from_the_coarse_grid():
     torch.manual_seed(0)
     z_S = torch.randn(1, 3, 32, 32, requires_grad=True)  # mit_nano's at crop 64
@@ -618,50 +481,25 @@ def test_every_logit_of_a_fine_student_gets_a_gradient_from_the_coarse_grid():
     assert (gradient != 0).all()
 
 
-@pytest.mark.parametrize("student, teacher, crop, of_V, of_P", [
-    ("mit_b0", "deeplabv3_resnet50", 512, 32, 16),
-    ("mit_b0", "deeplabv3_mobilenet_v2", 512, 32, 16),
-    ("mit_nano", "deeplabv3_resnet10", 64, 8, 8)])
-def test_grids_of_the_visual_maps_and_of_the_pool(student, teacher, crop, of_V, of_P):
-    """V: twice F^S's grid, at most F^T's. P: 16x16, at most F^T's."""
-    with torch.device("meta"):  # shapes without values
-        frozen = Teacher(teacher, K).freeze()
-        net = StudentWithHeads(Student(student, K), frozen.channels).eval()
-        image = torch.empty(1, 3, crop, crop)
-    V_S, V_T = losses.visual_maps(net(image), frozen(image))
-    assert V_S.shape == V_T.shape == (1, frozen.channels, of_V, of_V)
-    assert pool_grid(frozen, crop, "meta") == of_P
-
-
-def pairs_of_depths(S, T):
-    """[(V^S_i, V^T_i), ...], which mean_over_depths hands to its loss."""
-    pairs = []
-
-    def loss(V_S, V_T):
-        pairs.append((V_S, V_T))
-        return V_S.mean()
-
-    losses.mean_over_depths(loss, S, T)
-    return pairs
-
-
 @pytest.mark.parametrize("name", TEACHERS)
 def test_maps_meet_at_every_depth_of_every_teacher_and_student(name):
-    kind = TEACHERS[name]
-    channels = *kind.earlier, kind.channels
-    with torch.device("meta"):
-        frozen, image = Teacher(name, K).freeze(), torch.empty(2, 3, 128, 128)
+    found = []
+
+    def loss(V_S, V_T):
+        found.append((V_S.shape, V_T.shape))
+        return V_S.mean()
+
+    with torch.device("meta"):  # shapes without values
+        frozen, image = Teacher(name, K).freeze(), torch.empty(2, 3, 192, 192)
         T = frozen(image)
         for variant in VARIANTS:
-            needs = losses.METHODS["c2vkd_multi"].needs
-            net = StudentWithHeads(Student(variant, K), frozen.channels, 0, needs, frozen.earlier)
-            S = net.eval()(image)
-            sides = [min(2 * x.shape[-1], y.shape[-1]) for x, y in
-                     zip((*S.earlier, S.projected), (*T.earlier, T.feature), strict=True)]
-            wanted = [(2, C, side, side) for C, side in zip(channels, sides, strict=True)]
-            found = pairs_of_depths(S, T)
-            assert [V_S.shape for V_S, _ in found] == [V_T.shape for _, V_T in found] == wanted
-    assert len(channels) == 4 and sides == sorted(sides, reverse=True)
+            net = StudentWithHeads(Student(variant, K), frozen.channels, 0, losses.NEEDS_ALL,
+                                   frozen.earlier)
+            losses.mean_over_depths(loss, net.eval()(image), T)
+    assert all(of_student == of_teacher for of_student, of_teacher in found)
+    channels = *TEACHERS[name].earlier, TEACHERS[name].channels
+    assert [C for (_, C, _, _), _ in found] == [*channels] * len(VARIANTS)
+    assert pool_grid(frozen, 192, "meta") == (12 if "mobilenet" in name else 16)
 
 
 def test_depths_that_have_no_partner_are_refused():
@@ -671,93 +509,38 @@ def test_depths_that_have_no_partner_are_refused():
             losses.mean_over_depths(losses.patch_loss, *lame)
 
 
-# ---------------------------------------------------------------- the terms in the networks
-
-CROP, K = 64, 5
-
-
-def batch():
-    labels = torch.randint(K, (2, CROP, CROP))
-    labels[:, :5] = IGNORE
-    return torch.randn(2, 3, CROP, CROP), labels
+REACHED = {"ce": {"encoder", "decoder"}, "gb": {"encoder", "A_v", "earlier"},
+           "pc": {"encoder", "A_v", "earlier"}, "lc": {"encoder", "A_l"}}
 
 
-def network_and_terms(row, depths=3):
-    """A student with the heads of a Method, its teacher and the terms of a batch."""
+@pytest.mark.parametrize("depths", [0, 2, 3])
+def test_each_term_reaches_exactly_its_parameters(depths):
+    """A teacher of fewer depths meets the student's last stages."""
     torch.manual_seed(0)
     teacher = Teacher("deeplabv3_resnet10", K).freeze()
-    pool = AttentionPool(teacher.channels, pool_grid(teacher, CROP, "cpu")).requires_grad_(False)
-    channels = teacher.earlier[3 - depths:]
-    net = StudentWithHeads(Student("mit_nano", K), teacher.channels, 0, row.needs, channels).train()
-    images, labels = batch()
+    pool = AttentionPool(teacher.channels, grid=8).requires_grad_(False)
+    net = StudentWithHeads(Student("mit_nano", K), teacher.channels, 0, losses.NEEDS_ALL,
+                           teacher.earlier[3 - depths:]).train()
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(K, (2, 64, 64))
     T = teacher(images)
     T = T._replace(embedding=pool(T.feature), earlier=T.earlier[3 - depths:])
-    return net, teacher, row.function(net(images), T, labels)
-
-
-REACHED = {
-    "c2vkd": {"pdd": {"encoder", "decoder"}, "gb": {"encoder", "A_v"}, "pc": {"encoder", "A_v"},
-              "lc": {"encoder", "A_l"}},
-    "c2vkd_multi": {"ce": {"encoder", "decoder"}, "gb": {"encoder", "A_v", "earlier"},
-                    "pc": {"encoder", "A_v", "earlier"}, "lc": {"encoder", "A_l"}},
-}
-
-
-@pytest.mark.parametrize("method", REACHED)
-def test_each_term_reaches_exactly_its_parameters(method):
-    net, teacher, terms = network_and_terms(losses.METHODS[method])
-    parts = {"encoder": net.student.encoder, "decoder": net.student.decoder, **net.heads}
-    assert set(terms) == set(REACHED[method])
+    terms = losses.c2vkd_multi(net(images), T, labels)
     assert not any(p.requires_grad for p in teacher.parameters())
-    for name, term in terms.items():
-        for part, module in parts.items():
-            gradients = torch.autograd.grad(term, list(module.parameters()), retain_graph=True,
-                                            allow_unused=True)
-            if part not in REACHED[method][name]:
-                assert all(g is None for g in gradients), (name, part)
-            elif part in net.heads:
-                assert all(g.any() for g in gradients), (name, part)
-            else:
-                assert all(g is not None for g in gradients), (name, part)
-                assert any(g.any() for g in gradients), (name, part)
-
-
-@pytest.mark.parametrize("depths", [0, 1, 2])
-def test_a_teacher_of_fewer_depths_meets_the_students_last_stages(depths):
-    row = losses.METHODS["c2vkd_multi"]
-    net, _, terms = network_and_terms(row, depths)
-    heads = net.heads["earlier"]
-    assert [h.in_channels for h in heads] == list(net.student.dims[3 - depths:3])
-    losses.total_loss(terms, row.weights).backward()
-    assert len(heads) == depths and all(head.weight.grad.any() for head in heads)
-    assert net.heads["A_v"].weight.grad.any()
-
-
-class LearnedTemperature(nn.Module):
-    """A projection of a student's map and a temperature, as a loss of one's own may need them."""
-
-    def __init__(self, student, c_teacher):
-        super().__init__()
-        self.projection = nn.Conv2d(student.dims[2], c_teacher, 1)
-        self.log_tau = nn.Parameter(torch.zeros(()))
-
-    def forward(self, S):
-        return self.projection(S.earlier[2]), self.log_tau.exp()
-
-
-def test_a_method_may_bring_parameters_that_train_with_the_student():
-    def own(S, T, labels):
-        projected, tau = S.own
-        V_S, V_T = losses.visual_maps(S._replace(projected=projected / tau), T)
-        return {"ce": losses.cross_entropy(S.logits, labels), "own": losses.fitnet_loss(V_S, V_T)}
-
-    row = Method(own, {"ce": 1.0, "own": 1.0}, {"teacher", LearnedTemperature})
-    net, _, terms = network_and_terms(row)
-    losses.total_loss(terms, row.weights).backward()
-    names = {name for name in net.state_dict() if name.startswith("heads.")}
-    assert names == {"heads.own.projection.weight", "heads.own.projection.bias",
-                     "heads.own.log_tau"}
-    assert all(p.grad.any() for p in net.heads.parameters())
+    dims = [head.in_channels for head in net.heads["earlier"]]
+    assert dims == list(net.student.dims[3 - depths:3])
+    parts = {"encoder": net.student.encoder, "decoder": net.student.decoder, **net.heads}
+    if not depths:
+        del parts["earlier"]  # it has no parameters
+    for (name, term), (part, module) in itertools.product(terms.items(), parts.items()):
+        gradients = torch.autograd.grad(term, list(module.parameters()), retain_graph=True,
+                                        allow_unused=True)
+        if part not in REACHED[name]:
+            assert all(g is None for g in gradients), (name, part)
+        elif part in net.heads:
+            assert all(g.any() for g in gradients), (name, part)
+        else:
+            assert all(g is not None for g in gradients), (name, part)
+            assert any(g.any() for g in gradients), (name, part)
 
 
 # ---------------------------------------------------------------- the differences
