@@ -113,6 +113,15 @@ def test_attention_is_softmax_qk_over_root_d_times_v(sr):
     torch.testing.assert_close(attention(x, h, w), attention.proj(torch.cat(out, 2)))
 
 
+def test_a_block_adds_its_attention_and_then_its_feed_forward_part():
+    torch.manual_seed(0)
+    block, x = Block(8, 2, 1, 4, drop=0), torch.randn(2, 24, 8)
+    y = x + block.attn(block.norm1(x), 4, 6)
+    hidden = block.mlp.fc1(block.norm2(y)).transpose(1, 2).reshape(2, 32, 4, 6)
+    hidden = F.gelu(block.mlp.dwconv.dwconv(hidden)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(block(x, 4, 6), y + block.mlp.fc2(hidden))
+
+
 def test_stochastic_depth_drops_whole_samples_in_training_and_nothing_in_evaluation():
     torch.manual_seed(0)
     block, branch = Block(8, 2, 1, 4, drop=0.5), torch.randn(64, 3, 8)
@@ -140,7 +149,8 @@ def test_the_decoder_is_the_one_that_concatenates_and_then_fuses():
     torch.manual_seed(0)
     net = Student("mit_b0", 5).eval()
     decoder = net.decoder
-    for value in (decoder.norm.weight, decoder.norm.bias, decoder.norm.running_mean):
+    biases = [linear.bias for linear in decoder.linears]  # they begin at 0
+    for value in (decoder.norm.weight, decoder.norm.bias, decoder.norm.running_mean, *biases):
         nn.init.normal_(value)
     with torch.no_grad():
         maps = net.encoder(torch.randn(2, 3, 66, 97))
@@ -239,9 +249,10 @@ def test_teacher_logits_are_torchvisions_before_its_upsampling():
     name = "deeplabv3_mobilenet_v3_large"
     torch.manual_seed(0)
     reference = segmentation.__dict__[name](weights=None, weights_backbone=None, num_classes=3)
-    net = Teacher(name, 3).eval()
-    net.load_state_dict(reference.eval().state_dict())
-    x = torch.randn(1, 3, 64, 64)
+    net, x = Teacher(name, 3), torch.randn(2, 3, 64, 64)
+    net.load_state_dict(reference.state_dict())
+    for layer in *net.modules(), *reference.modules():
+        layer.training = isinstance(layer, nn.BatchNorm2d)  # or untrained maps would be near 0
     with torch.no_grad():
         logits = F.interpolate(net(x).logits, (64, 64), mode="bilinear", align_corners=False)
         torch.testing.assert_close(logits, reference(x)["out"])
