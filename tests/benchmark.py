@@ -3,7 +3,7 @@
     python -m tests.benchmark          # measured on this machine
     python -m tests.benchmark --dry    # every recipe on a GPU, computed on any machine
 
-A measurement runs its variants in turns, so that whatever else the machine does slows all of them
+A measurement runs its methods in turns, so that whatever else the machine does slows all of them
 alike. Times are medians of several rounds, and ratios are medians of the rounds' ratios. On a CPU
 one thread runs and its processor time counts, on CUDA the time on the clock.
 
@@ -16,6 +16,7 @@ import time
 import weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -30,18 +31,26 @@ from torch.utils.flop_counter import FlopCounterMode
 import losses
 from student import Student, StudentWithHeads
 from teacher import AttentionPool, PoolFitter, Teacher, pool_grid, presence
+from train import RECIPES, set_torch_flags
 
 MIB, GIB, TERA = 2 ** 20, 2 ** 30, 10 ** 12
-AT_MOST = 1.25  # what c2vkd_multi may cost, as a multiple of c2vkd
+
+
+def distil(method, module, teacher, pool, images, labels):
+    """What is held and the terms of a step, with the lines of train.py's third stage."""
+    with torch.no_grad():
+        T = teacher(images) if "teacher" in method.needs else None
+        if "A_l" in method.needs:
+            T = T._replace(embedding=pool(T.feature))
+    S = module(images)
+    return (S, T), method.function(S, T, labels)
 
 
 # ---------------------------------------------------------------- measured
 
 CLASSES = 150  # as ADE20K has
-CPU = SimpleNamespace(device="cpu", teacher="deeplabv3_mobilenet_v2", student="mit_b0",
-                      batch_size=4, crop=192, rounds=5)
-GPU = SimpleNamespace(device="cuda", teacher="deeplabv3_resnet101", student="mit_b0",
-                      batch_size=16, crop=512, rounds=20)
+CPU = SimpleNamespace(device="cpu", rounds=5, **RECIPES["small"] | {"batch_size": 4})
+GPU = SimpleNamespace(device="cuda", rounds=20, **RECIPES["ade20k"])
 
 
 def once(device, function):
@@ -59,23 +68,8 @@ def once(device, function):
     return milliseconds, (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def measure(device, rounds, functions):
-    """name -> milliseconds of each round and the most MiB, printed, after one round of warm-up."""
-    times, peaks = {name: [] for name in functions}, dict.fromkeys(functions, 0.0)
-    for round_ in range(1 + rounds):
-        for name, function in functions.items():
-            milliseconds, peak = once(device, function)
-            if round_ > 0:
-                times[name].append(milliseconds)
-                peaks[name] = max(peaks[name], peak)
-    for name in functions:
-        peak = f"{peaks[name]:10,.0f} MiB" if device == "cuda" else ""
-        print(f"    {name:34s}{statistics.median(times[name]):10,.1f} ms{peak}", flush=True)
-    return times, peaks
-
-
 def steps(size):
-    """name -> a function that makes a whole step of train.py's third stage, and the two floors."""
+    """name -> a function that makes a whole step of a method, or the teacher's forward pass."""
     def place(module):
         return module.to(size.device, memory_format=torch.channels_last)
 
@@ -87,14 +81,9 @@ def steps(size):
     labels = torch.randint(0, CLASSES, (size.batch_size, size.crop, size.crop), device=size.device)
     precision = torch.autocast(size.device, torch.bfloat16, enabled=size.device == "cuda")
 
-    def taught():
-        with torch.no_grad():
-            T = teacher(images)
-            return T._replace(embedding=pool(T.feature))
-
     def teacher_forward():
-        with precision:
-            taught()
+        with precision, torch.no_grad():
+            pool(teacher(images).feature)
 
     def step_of(method):
         module = place(StudentWithHeads(Student(size.student, CLASSES), teacher.channels, 0,
@@ -103,8 +92,7 @@ def steps(size):
 
         def step():
             with precision:
-                T = taught() if "teacher" in method.needs else None
-                terms = method.function(module(images), T, labels)
+                _, terms = distil(method, module, teacher, pool, images, labels)
                 loss = losses.total_loss(terms, method.weights)
             optimizer.zero_grad()
             loss.backward()
@@ -118,54 +106,42 @@ def steps(size):
     return functions
 
 
-def report(title, numerators, *denominators, target=None):
-    """Print how many times the denominators together a numerator is, the median over the rounds."""
-    ratios = [above / sum(below) for above, *below in zip(numerators, *denominators, strict=True)]
-    wanted = f"   (target: at most {target})" if target else ""
-    print(f"  {title}: {statistics.median(ratios):.2f}{wanted}", flush=True)
-
-
-def measured(rounds=None):
-    """Run and print all measurements. rounds: of each, None for the machine's default."""
+def measured():
     torch.manual_seed(0)
-    if torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    set_torch_flags(cuda)
+    if cuda:
         size, where = GPU, f"{torch.cuda.get_device_name()}, networks in bf16 autocast"
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cuda.enable_cudnn_sdp(False)  # as in train.py
     else:
         size, where = CPU, "CPU, one thread, float32"
         torch.set_num_threads(1)
-    rounds = rounds or size.rounds
-    print(f"{where}, torch {torch.__version__}, {rounds} rounds; {size.teacher} -> {size.student}, "
-          f"{size.batch_size} x {size.crop} x {size.crop}, {CLASSES} classes")
+    print(f"{where}, torch {torch.__version__}, {size.rounds} rounds; {size.teacher} -> "
+          f"{size.student}, {size.batch_size} x {size.crop} x {size.crop}, {CLASSES} classes")
     functions = steps(size)
-    times, peaks = measure(size.device, rounds, functions)
-    floor = times[next(iter(functions))], times["ce"]
-    report("c2vkd / (teacher's forward pass + ce)", times["c2vkd"], *floor, target=1.15)
-    report("c2vkd_multi / c2vkd", times["c2vkd_multi"], times["c2vkd"], target=AT_MOST)
-    if size.device == "cuda":
-        report("c2vkd_multi / c2vkd, MiB", [peaks["c2vkd_multi"]], [peaks["c2vkd"]],
-               target=AT_MOST)
+    times, peaks = {name: [] for name in functions}, dict.fromkeys(functions, 0.0)
+    for round_ in range(1 + size.rounds):
+        for name, function in functions.items():
+            milliseconds, peak = once(size.device, function)
+            if round_ > 0:  # the first one warms up
+                times[name].append(milliseconds)
+                peaks[name] = max(peaks[name], peak)
+    for name in functions:
+        peak = f"{peaks[name]:10,.0f} MiB" if cuda else ""
+        print(f"    {name:34s}{statistics.median(times[name]):10,.1f} ms{peak}")
+    forward, ce, c2vkd, multi, _ = times.values()
+    ratio = statistics.median(a / (b + c) for a, b, c in zip(c2vkd, forward, ce))
+    print(f"  c2vkd / (teacher's forward pass + ce): {ratio:.2f}")
+    ratio = statistics.median(a / b for a, b in zip(multi, c2vkd))
+    print(f"  c2vkd_multi / c2vkd: {ratio:.2f}")
 
 
 # ---------------------------------------------------------------- computed
 
-PUBLISHED = dict(teacher="deeplabv3_resnet101", teacher_weights="imagenet", student="mit_b0",
-                 batch_size=16, crop=512)
-RECIPES = {  # as in train.py; of own data 19 classes are assumed
-    "cityscapes": PUBLISHED | dict(batch_size=24, classes=19),
-    "voc": PUBLISHED | dict(classes=21),
-    "ade20k": PUBLISHED | dict(classes=150),
-    "full": PUBLISHED | dict(classes=19),
-}
+COMPUTED = {"cityscapes": 19, "voc": 21, "ade20k": 150, "full": 19}  # classes, of own data assumed
 SKIPPED = {"dist"}  # its shapes depend on the labels
 EXPLAINED = """
-saved: what autograd keeps for the backward pass
-held: what else is alive between the passes, such as the batch and the outputs
 weights: parameters, gradients and optimizer of what is trained, parameters of what is frozen
-passing: the most that either pass holds beyond all that for a moment, as the backward pass does on
-a CPU
+activations: the most that lives beside them at any moment, in the backward pass as on a CPU
 TFLOP: of the products of both passes, without the optimizer's step"""
 
 
@@ -282,14 +258,6 @@ def dry_steps(device, recipe, classes, methods=losses.METHODS):
         wanted = presence(labels, classes)
         return F_T, {"bce": F.binary_cross_entropy_with_logits(present, wanted)}
 
-    def distil(images, labels):
-        with torch.no_grad():
-            T = teacher(images) if "teacher" in method.needs else None
-            if "A_l" in method.needs:
-                T = T._replace(embedding=pool(T.feature))
-        S = module(images)
-        return (S, T), method.function(S, T, labels)
-
     with fake(device):
         teacher = Teacher(recipe.teacher, classes)
         copies = 2 if recipe.teacher_weights == "none" else 1  # AdamW, SGD
@@ -306,50 +274,39 @@ def dry_steps(device, recipe, classes, methods=losses.METHODS):
                 continue
             module = StudentWithHeads(Student(recipe.student, classes), teacher.channels, 0,
                                       method.needs, teacher.earlier)
+            forward = partial(distil, method, module, teacher, pool)
             frozen = [teacher] if "teacher" in method.needs else []
             frozen += [pool] if "A_l" in method.needs else []
             # a step that reports norms of gradients keeps its graph
-            yield name, dry_step(device, module, frozen, 2, distil, recipe, keep_graph=True)
+            yield name, dry_step(device, module, frozen, 2, forward, recipe, keep_graph=True)
 
 
-def dry(name):
+def dry(name, classes):
     """Print what each stage and method of a recipe needs on a GPU."""
     recipe = SimpleNamespace(**RECIPES[name])
     print(f"\n{name}: {recipe.teacher} -> {recipe.student}, {recipe.batch_size} x {recipe.crop} x "
-          f"{recipe.crop}, {recipe.classes} classes")
-    columns = "saved", "held", "weights", "passing", "sum"
-    print("GiB          " + "".join(f"{column:>8s}" for column in columns) + "   TFLOP")
-    on_cpu, sums = dict(dry_steps("cpu", recipe, recipe.classes)), {}
-    for stage, step in dry_steps("cuda", recipe, recipe.classes):
-        passing = max(step.forward, on_cpu[stage].backward)
-        sums[stage] = step.alive + step.weights + passing
-        sizes = (step.saved, step.alive - step.saved, step.weights, passing, sums[stage])
-        print(f"{stage:13s}" + "".join(f"{size / GIB:8.2f}" for size in sizes)
-              + f"{on_cpu[stage].flops / TERA:8.2f}", flush=True)
-    memory = sums["c2vkd_multi"] / sums["c2vkd"]
-    flops = on_cpu["c2vkd_multi"].flops / on_cpu["c2vkd"].flops
-    print(f"c2vkd_multi / c2vkd: memory {memory:.2f}, arithmetic {flops:.2f}   (target: at most "
-          f"{AT_MOST})")
-
-
-def computed():
-    print("computed on fake CUDA tensors under bf16 autocast, nothing was measured; torch "
-          f"{torch.__version__}; without {', '.join(SKIPPED)}, whose shapes depend on the labels"
-          f"{EXPLAINED}")
-    for name in RECIPES:
-        dry(name)
+          f"{recipe.crop}, {classes} classes")
+    print("GiB           weights activations     sum   TFLOP")
+    on_cpu = dict(dry_steps("cpu", recipe, classes))
+    for stage, step in dry_steps("cuda", recipe, classes):
+        weights = step.weights / GIB
+        activations = (step.alive + max(step.forward, on_cpu[stage].backward)) / GIB
+        print(f"{stage:13s}{weights:8.2f}{activations:12.2f}{weights + activations:8.2f}"
+              f"{on_cpu[stage].flops / TERA:8.2f}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python -m tests.benchmark [options]")
-    parser.add_argument("--rounds", type=int, help="default 5 on a CPU, 20 on a GPU")
+    parser = argparse.ArgumentParser(usage="python -m tests.benchmark [--dry]")
     parser.add_argument("--dry", action="store_true",
                         help="compute what every recipe needs on a GPU instead")
-    options = parser.parse_args()
-    if options.dry:
-        computed()
-    else:
-        measured(options.rounds)
+    if not parser.parse_args().dry:
+        measured()
+        return
+    print("computed on fake CUDA tensors under bf16 autocast, nothing was measured; torch "
+          f"{torch.__version__}; without {', '.join(SKIPPED)}, whose shapes depend on the labels"
+          f"{EXPLAINED}")
+    for name, classes in COMPUTED.items():
+        dry(name, classes)
 
 
 if __name__ == "__main__":
