@@ -64,6 +64,11 @@ def put_folder(root, train_images=12, sides=(32, 64), unlabelled=0):
     return root
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return put_folder(tmp_path_factory.mktemp("data") / "folder")
+
+
 def options(folder, out, *more):
     """The command line of a tiny run."""
     return ["--dataset", "folder", "--data", str(folder), "--out", str(out), "--gpus", "0",

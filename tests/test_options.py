@@ -23,12 +23,6 @@ def test_a_recipe_fills_every_option_that_the_help_marks(dataset):
     assert all(set(recipe) - {"vlfd"} == marked | {"scale"} for recipe in RECIPES.values())
 
 
-def test_the_command_line_overrules_the_recipe():
-    args = parse_options("--dataset ade20k --steps 7 --student mit_b1".split())
-    assert (args.steps, args.student) == (7, "mit_b1")
-    assert args.crop == RECIPES["ade20k"]["crop"]
-
-
 @pytest.mark.parametrize("gpus, given, recipe", [
     (0, None, "small"), (1, None, "full"), (0, "full", "full"), (1, "small", "small")])
 def test_own_data_has_two_recipes_and_the_machine_chooses_where_nobody_does(gpus, given, recipe,
@@ -73,13 +67,10 @@ def test_shapes_has_strong_feature_losses_at_one_depth(method):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ("--student vit", "--student"), ("--dataset cifar", "--dataset"), ("--method at", "--method"),
-    ("--recipe tiny", "--recipe"), ("--unknown 1", "--unknown 1"), ("--steps many", "--steps"),
-    ("--steps 0", "--steps: must be at least 1"), ("--batch-size 1", "--batch-size: must be at"),
-    ("--crop 31", "--crop: must be at least 32"), ("--seed -1", "--seed: must be at least 0"),
-    (f"--seed {2 ** 32}", "--seed: must be at least 0 and below"), ("--lr 0", "--lr: must be"),
-    ("--teacher-seed -1", "--teacher-seed: must be"), ("--teacher-lr nan", "--teacher-lr: must"),
-    ("--lr inf", "--lr: must be"), ("--val-every 0", "--val-every: must be at least 1"),
+    ("--method at", "--method"), ("--steps 0", "--steps: must be at least 1"),
+    ("--batch-size 1", "--batch-size: must be at"), ("--crop 31", "--crop: must be at least 32"),
+    ("--seed -1", "--seed: must be at least 0"), ("--lr 0", "--lr: must be"),
+    (f"--seed {2 ** 32}", "--seed: must be at least 0 and below"),
     ("--workers -1", "--workers: must be at least 0"), ("--gpus -1", "--gpus: must be at least"),
     ("--gpus 1", "--gpus 1: 0 CUDA devices found; use --gpus 0"),
     ("--data mine", "--data mine: say what it holds, with --dataset folder for your own data"),
@@ -89,8 +80,7 @@ def test_shapes_has_strong_feature_losses_at_one_depth(method):
     ("--method ce --name kd-seed0", "--name kd-seed0: reserved for a method or a teacher"),
     ("--name teacher-mine", "--name teacher-mine: reserved for a method or a teacher"),
     ("--method kd --clip RN101.pt", "--clip: kd uses no attention pool"),
-    ("--weights gb", "c2vkd takes pdd=NUMBER gb=NUMBER"), ("--weights gb=much", "gb=NUMBER"),
-    ("--weights gb=nan", "gb=NUMBER"), ("--weights xx=1", "--weights xx=1: c2vkd takes"),
+    ("--weights gb", "c2vkd takes pdd=NUMBER gb=NUMBER"), ("--weights gb=nan", "gb=NUMBER"),
     ("--method kd --weights gb=1", "--weights gb=1: kd takes ce=NUMBER kd=NUMBER"),
     ("--method teacher --weights gb=1", "--method teacher: trains no student"),
     ("--method teacher --name mine", "--method teacher: trains no student")])
