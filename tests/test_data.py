@@ -494,7 +494,7 @@ def test_a_phones_jpeg_with_a_preview_behind_it_is_one_picture(tmp_path):
     assert data.read_image(tmp_path / "b.jpg").size == (4, 2)
 
 
-def test_cvats_labelmap_stands_for_a_missing_classes_txt(tmp_path):
+def test_cvats_labelmap_stands_for_a_missing_classes_txt(tmp_path, capsys):
     root = put_folder(tmp_path, [COLOURS[[[0, 1, 2, 3]]]], image=lambda label: label)
     (root / "classes.txt").unlink()
     (root / "labelmap.txt").write_text(
@@ -505,6 +505,7 @@ def test_cvats_labelmap_stands_for_a_missing_classes_txt(tmp_path):
     assert folder.read("val", 0)[1].tolist() == [[0, 1, 2, IGNORE]]
     (root / "classes.txt").write_text("\ufeffa 1 1 1\n\nb 2 2 2\n")  # as Windows' editor saves
     assert open_dataset("folder", root).classes == ["a", "b"]
+    assert "are those of classes.txt, labelmap.txt is not read" in capsys.readouterr().out
 
 
 def test_images_are_turned_as_programs_show_them_even_where_exif_data_are_damaged(tmp_path):
