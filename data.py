@@ -429,9 +429,9 @@ def _read_classes(root):
         colour = tuple(map(int, found.groups()[1:])) if found else ()
         if not colour or max(colour) > 255:
             raise InputError(f"{where}: {line!r} is not '{form}' with three numbers 0..255")
-        if re.search(r"^\d+\s|\s\d+$", found[1]):  # of four numbers one would join the name
-            raise InputError(f"{where}: {line!r} has a fourth number; leave three per line (class "
-                             "numbers count the lines), and write a name like lane 2 as lane-2")
+        if path != labelmap and re.search(r"^\d+\s|\s\d+$", found[1]):
+            raise InputError(f"{where}: {line!r} has a fourth number; leave out a class number, "
+                             "which is the line's, and write lane 2 as lane-2")
         if colour in palette + ignored:  # colour labels and pictures could not tell the two apart
             other = "ignore" if colour in ignored else classes[palette.index(colour)]
             raise InputError(f"{where}: {found[1]} has the colour of {other}; "
@@ -753,11 +753,10 @@ def sizes_of_pictures(data, splits=("train", "val", "unlabelled")):
 
 
 def check(data, splits):
-    """Read every file of these splits, print each fault as one line, then what is odd.
+    """Read every file of these splits. Print each fault as one line or, without any, what is odd.
 
     Returns split -> how many pixels of its labels have each value, 256 entries.
-    Raises InputError where there are faults, where train has fewer than two classes, and where val
-    has nothing to score.
+    Raises InputError where there are faults, and for labels that nothing can be learned from.
     """
     faults, pixels, odd, places = [], {}, {}, {}
     for split in splits:
@@ -798,20 +797,21 @@ def _look(data, split, index):
     oddities = []
     try:
         image, label = data.read(split, index)
-        digest = hashlib.sha256(image.tobytes()).digest()
+        digest = hashlib.sha256(repr(image.size).encode())
+        digest.update(image.tobytes())
         if label_path and picture.read_bytes() == label_path.read_bytes():
             oddities.append("are their own labels, byte by byte")
         with _opened(picture) as raw:
-            if raw.has_transparency_data:
-                if raw.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-                    oddities.append("have transparent pixels, whose colours are seen as they are")
             with suppress(Exception):  # damaged EXIF data are no fault of the pixels
                 if raw.getexif().get(ORIENTATION, 1) > 1:
                     oddities.append("are turned as their EXIF data say, which their labels must "
                                     "be, too")
+            if raw.has_transparency_data:
+                if raw.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                    oddities.append("have transparent pixels, whose colours are seen as they are")
     except InputError as e:
         return str(e)
-    return np.bincount(label.ravel(), minlength=256), digest, oddities
+    return np.bincount(label.ravel(), minlength=256), digest.digest(), oddities
 
 
 def _judge(data, pixels):
@@ -1051,7 +1051,8 @@ def load_checkpoint(path, keys=()):
         with open(path, "rb") as f:  # a pointer of Git LFS, say, or a page that says "log in"
             begin = f.read(20)
         raise InputError(f"{path}: not a readable checkpoint ({path.stat().st_size:,} bytes, the "
-                         f"first {begin!r}); get it again, or delete it if a run left it") from None
+                         f"first {begin!r}); get it again or, if a run left it, delete it and the "
+                         "results-*.json beside it") from None
     missing = [k for k in keys if k not in state] if isinstance(state, dict) else ["dictionary"]
     if missing:
         raise InputError(f"{path}: not a checkpoint of this project: "

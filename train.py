@@ -232,7 +232,7 @@ class Stage:
     weights: dict  # of the terms
     method: str | None = None
     unlabelled: str | int = 0  # digest of the names of the pictures without labels, if used
-    teacher: dict | None = None  # the teacher's Stage, or the digest of a given file
+    teacher: dict | None = None  # the teacher's Stage, or network and digest of a given file
     pool: dict | None = None  # the pool's Stage, or the digest of CLIP's file
 
 
@@ -262,12 +262,15 @@ class Run:
             "picture_sizes": sizes_of_pictures(data)}
 
     def read(self):
-        """last.pt as a dict, None where there is none. Raises InputError for another experiment."""
+        """last.pt as a dict, None where there is none.
+
+        Raises InputError for another experiment, and for scores whose last.pt is gone.
+        """
         path, self.step = self.folder / "last.pt", 0
         if not path.exists():
             if alone := sorted(self.folder.glob("results-*.json")):
                 raise InputError(f"{alone[0]}: scores whose last.pt is gone; move them away, or "
-                                 "choose another --out or --name")
+                                 "choose another --out")
             return None
         state = load_checkpoint(path, ("step", "module", "optimizer"))
         saved = state.get("stage")
@@ -323,9 +326,11 @@ class Run:
                                     "run the same command again to continue")
 
     def finished(self):
-        """Whether the stage is trained and, but for the pool, scored."""
-        scored = self.stage.stage == "pool" or (self.folder / "results-val.json").exists()
-        return scored and self.step == self.stage.steps
+        """Whether the stage is trained and, but for the pool, has scores of its own."""
+        path, trained = self.folder / "results-val.json", self.step == self.stage.steps
+        if self.stage.stage == "pool" or not trained:
+            return trained
+        return path.exists() and read_scores(path)["stage"] == self.identity
 
     @contextmanager
     def at_work(self):
@@ -881,7 +886,7 @@ def join_processes(args):
     backend, device = ("nccl", args.device) if args.gpus else ("gloo", None)
     try:
         store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        # later the others wait for hours while one draws, downloads or scores
+        # later the others wait for hours while one draws, downloads or checks
         dist.init_process_group(backend, store=store, rank=number, world_size=count,
                                 timeout=timedelta(hours=6), device_id=device)
     except (RuntimeError, ValueError) as e:

@@ -128,10 +128,10 @@ def measured():
     for name in functions:
         peak = f"{peaks[name]:10,.0f} MiB" if cuda else ""
         print(f"    {name:34s}{statistics.median(times[name]):10,.1f} ms{peak}")
-    forward, ce, c2vkd, multi, _ = times.values()
-    ratio = statistics.median(a / (b + c) for a, b, c in zip(c2vkd, forward, ce))
+    forward, c2vkd = times["the teacher's forward pass"], times["c2vkd"]
+    ratio = statistics.median(a / (b + c) for a, b, c in zip(c2vkd, forward, times["ce"]))
     print(f"  c2vkd / (teacher's forward pass + ce): {ratio:.2f}")
-    ratio = statistics.median(a / b for a, b in zip(multi, c2vkd))
+    ratio = statistics.median(a / b for a, b in zip(times["c2vkd_multi"], c2vkd))
     print(f"  c2vkd_multi / c2vkd: {ratio:.2f}")
 
 
@@ -141,7 +141,7 @@ COMPUTED = {"cityscapes": 19, "voc": 21, "ade20k": 150, "full": 19}  # classes, 
 SKIPPED = {"dist"}  # its shapes depend on the labels
 EXPLAINED = """
 weights: parameters, gradients and optimizer of what is trained, parameters of what is frozen
-activations: the most that lives beside them at any moment, in the backward pass as on a CPU
+activations: the peak of everything else. That of the backward pass is computed as on a CPU
 TFLOP: of the products of both passes, without the optimizer's step"""
 
 

@@ -480,12 +480,17 @@ def test_labels_read_by_colour_beside_labels_read_as_numbers_are_noted(
     assert ("NOTE: labels are read in two ways: by" in capsys.readouterr().out) == told
 
 
-def test_class_numbers_beside_an_ignored_colour_are_refused(tmp_path, capsys):
+def test_class_numbers_beside_an_ignored_colour_are_refused(tmp_path, capsys, monkeypatch):
     """Is 0 the first line or the first class?"""
     classes = "ignore 0 0 0\nroad 1 2 3\nsky 4 5 6\ncar 7 8 9\n"
     put_folder(tmp_path, [[[0, 1, 2, 255]]] * 2, classes)
-    message = error_of(data.main, ["--dataset", "folder", "--data", tmp_path], capsys)
+    argv = ["--dataset", "folder", "--data", tmp_path]
+    message = error_of(data.main, argv, capsys)
     assert "holds class numbers, where 255 is ignored, but classes.txt ignores colours" in message
+    (tmp_path / "classes.txt").write_text(CLASSES)
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
+    data.main()
+    assert "  road: train 25.0%, val 25.0%\n" in capsys.readouterr().out
 
 
 def test_a_phones_jpeg_with_a_preview_behind_it_is_one_picture(tmp_path):
@@ -554,7 +559,7 @@ def test_a_picture_too_large_for_pillow_is_named(tmp_path, monkeypatch):
     ("road\nsky 1 2 3\n", ", line 1: 'road' is not 'name R G B'"),
     ("a 1 2 3\nb 1 256 3\n", ", line 2"),
     ("a 1 2 3\n\nb 1 2 3\n", ", line 3: b has the colour of a; give each class its own"),
-    ("a 1 2 3\nroad 12 6 12 25\n", ", line 2: 'road 12 6 12 25' has a fourth number; leave three"),
+    ("a 1 2 3\nroad 12 6 12 25\n", ", line 2: 'road 12 6 12 25' has a fourth number; leave out"),
     ("a 1 2 3\n2 road 1 2 4\n", ", line 2: '2 road 1 2 4' has a fourth number"),
     ("# void 0 0 0\na 1 2 3\nb 3 2 1\n", ", line 1: '# void 0 0 0' is a class behind"),
     ("ignore 1 2 3\na 1 2 3\n", ", line 2: a has the colour of ignore"),
@@ -800,6 +805,8 @@ SHM = "error: too little shared memory (/dev/shm) for the loader processes: take
      2, "error: OSError: [Errno 5] a.png"),
     (ConnectionResetError(errno.ECONNRESET, "reset by peer"), 2, "error: a loader process died"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"), 2, SHM),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2,
+     "error: a loader process died (out of memory?): run the same command again with fewer"),
     (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue"),
     (KeyboardInterrupt("student: stopped and saved at step 3"), 130,
      "student: stopped and saved at step 3")))

@@ -70,6 +70,8 @@ def child(argv, log, trouble):
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # whatever a shell in the background ignores
     torch.set_num_threads(1)
     # loader processes get the changes below
     multiprocessing.set_start_method("fork", force=True)
@@ -351,7 +353,8 @@ BAD = {  # what: (how it is made in the data folder d, options, what the message
     "truncated picture in val": (lambda d: cut(d / "images/val/1.jpg"), "",
                                  "{d}/images/val/1.jpg: truncated or not an image|get it again"),
     "missing student weights": (None, LEARN, "{d}/x.pt: No such file"),
-    "folder as student weights": (None, "--student-weights {d}/images", "{d}/images: Is a directory"),
+    "folder as student weights": (None, "--student-weights {d}/images",
+                                  "{d}/images: Is a directory"),
     "student weights of another network": (save({"w": torch.zeros(1)}), LEARN,
                                            "{d}/x.pt: not the encoder of mit_nano|give --student"),
     "no last.pt as teacher": (save({"module": {}}), TEACH, "{d}/x.pt: not a last.pt of this"),

@@ -361,6 +361,27 @@ def test_total_is_the_weighted_sum_of_equation_10():
         losses.total_loss({"ce": 1.0}, {"ce": 1.0, "kd": 1.0})
 
 
+@pytest.mark.filterwarnings("ignore:reduction")  # the mean over elements is what the release takes
+def test_weights_that_reproduce_the_released_objective():
+    C, embedding = 6, 8
+    V_S, V_T, _ = inputs("gb", (2, C, 3, 4))
+    e_S, e_T = torch.randn(2, 2, embedding, dtype=torch.float64)
+    mean = torch.nn.KLDivLoss(reduction="mean", log_target=True)
+
+    def affinity(V):
+        rows = F.normalize(V.permute(0, 2, 3, 1).reshape(-1, C), dim=1)
+        rows = rows - rows.mean(1, keepdim=True)
+        return rows @ rows.T / (C - 1)
+
+    pairs = {"gb": (losses.global_visual_loss(V_S, V_T) / C,
+                    mean(V_S.log_softmax(1), V_T.log_softmax(1))),
+             "pc": (losses.patch_loss(V_S, V_T) / (C - 1) ** 2,
+                    F.mse_loss(affinity(V_S), affinity(V_T))),
+             "lc": (losses.linguistic_loss(e_S, e_T) / embedding,
+                    mean(e_S.log_softmax(1), e_T.log_softmax(1)))}
+    assert all(close(ours, released, 1e-12) for ours, released in pairs.values())
+
+
 # ---------------------------------------------------------------- what each method reads
 
 def made_up_outputs(needs):

@@ -71,6 +71,7 @@ def test_shapes_has_strong_feature_losses_at_one_depth(method):
     ("--batch-size 1", "--batch-size: must be at"), ("--crop 31", "--crop: must be at least 32"),
     ("--seed -1", "--seed: must be at least 0"), ("--lr 0", "--lr: must be"),
     (f"--seed {2 ** 32}", "--seed: must be at least 0 and below"),
+    ("--lr nan", "--lr: must be"), ("--lr inf", "--lr: must be"),
     ("--workers -1", "--workers: must be at least 0"), ("--gpus -1", "--gpus: must be at least"),
     ("--gpus 1", "--gpus 1: 0 CUDA devices found; use --gpus 0"),
     ("--data mine", "--data mine: say what it holds, with --dataset folder for your own data"),
