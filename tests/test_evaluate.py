@@ -52,6 +52,10 @@ def root(tmp_path_factory):
     root = put_folder(tmp_path_factory.mktemp("data") / "folder", 3)
     for kind in ("images", "labels"):
         shutil.copytree(root / kind / "train", root / kind / "test")
+    path = root / "labels/train/0.png"
+    label = np.array(Image.open(path))
+    label[:5] = IGNORE
+    Image.fromarray(label).save(path)
     return root
 
 

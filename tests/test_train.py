@@ -190,9 +190,20 @@ def test_a_teacher_trained_otherwise_is_refused_with_a_remedy(folder, taught, ca
     assert differing(taught / TEACHER, before) == []
 
 
-def test_the_teacher_has_a_seed_of_its_own(folder, tmp_path):
-    args = parsed(options(folder, tmp_path, "--seed", 7, "--teacher-seed", 1))
-    first, pool, (learner,) = train.make_runs(args, data.open_dataset("folder", folder))
+def test_the_teacher_has_a_seed_of_its_own(folder, tmp_path, monkeypatch):
+    begun = []
+
+    def caught(_, module, optimizer):
+        begun.append(module.state_dict()["classifier.2.weight"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "resume", caught)
+    for number in (0, 1):
+        args = parsed(options(folder, tmp_path, "--seed", 7, "--teacher-seed", number))
+        first, pool, (learner,) = train.make_runs(args, data.open_dataset("folder", folder))
+        with pytest.raises(KeyboardInterrupt):
+            train.train_teacher(first)
+    assert not torch.equal(*begun)
     assert (first.stage.seed, pool.stage.seed, learner.stage.seed) == (1, 1, 7)
     assert first.folder.name == f"{TEACHER}-seed1" and pool.folder.parent == first.folder
 
@@ -365,6 +376,15 @@ def test_teachers_trained_elsewhere_are_read_from_plain_state_dicts_and_scored_e
 
 
 # ---------------------------------------------------------------- around the loop
+
+def test_out_of_memory_is_one_line(folder, out, monkeypatch, capsys):
+    def short(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nmore")
+
+    monkeypatch.setattr(train, "distil", short)
+    message = error_of(train.main, options(folder, out, "--method", "kd"), capsys)
+    assert message == "out of GPU memory: lower --batch-size or --crop"
+
 
 def test_a_second_run_in_one_folder_is_refused_but_may_read_a_finished_teacher(folder, out, capsys):
     with data.locked(out / "folder/kd-mit_nano-seed0"), data.locked(out / "folder" / TEACHER):
